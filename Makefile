@@ -1,0 +1,53 @@
+# Every target works in a fresh clone: GNU make and Python 3.11 or newer are all that is needed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.PHONY: demo
+demo: .venv/.installed ## Train a timm model on real images with the callback and draw its clusters
+	$(BIN)/python benchmarks/demo.py $(DEMO_ARGS)
+
+.PHONY: test
+test: .venv/.installed ## Run all tests, with coverage
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=95 $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: .venv/.installed ## Check style, types and the import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+.PHONY: format
+format: .venv/.installed ## Put the code into the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: bench
+bench: .venv/.installed ## Train with and without the callback on the digits; one JSON line each
+	$(BIN)/python benchmarks/train.py --regularizer none
+	$(BIN)/python benchmarks/train.py --regularizer dropcluster
+
+.PHONY: constraints
+constraints: ## Pin what the newest releases resolve to
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip freeze --exclude-editable > constraints.txt
+
+.PHONY: clean
+clean: ## Remove what the other targets made
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache demo build dist *.egg-info
