@@ -1,0 +1,217 @@
+"""Name patterns to layers: which modules of a model a callback works on."""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import nn
+
+CONV_LAYERS: tuple[type[nn.Module], ...] = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+"""The layer types that patterns pick by default (subclasses included)."""
+
+Pattern = str | Callable[[str, nn.Module], bool]
+LayerTypes = type[nn.Module] | Sequence[type[nn.Module]]
+
+# Wrappers put these segments into names; users write the names of the model they know.
+_WRAPPER_SEGMENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_GLOB_TOKEN = re.compile(r"(?<![^.])\*\*\.|\*\*|\*|\?|\[!?[^\]]+\]|.", re.DOTALL)
+
+
+def select_layers(
+    root: nn.Module, layers: Pattern | Sequence[Pattern], layer_types: LayerTypes | None = None
+) -> dict[str, nn.Module]:
+    """Return the layers of a model that name patterns pick.
+
+    Names are those of ``root.named_modules()`` without the segments that ``torch.compile``, FSDP and
+    activation checkpointing insert. A string is a glob over the whole name: ``*`` and ``?`` stay inside one
+    segment, ``**`` crosses dots (``**.`` at the start of a segment also matches nothing), ``[12]`` is a set
+    of characters. A string that starts with ``re:`` is a regular expression, searched for anywhere in the
+    name. A callable gets the name and the module. A pattern that picks nothing from the root is tried from
+    each direct child, so ``"conv1"`` finds ``model.conv1``.
+
+    Args:
+        root: the model, usually a LightningModule.
+        layers: one pattern or a list of them; each must pick at least one layer.
+        layer_types: the module types that may be picked, subclasses included; ``None`` for `CONV_LAYERS`.
+
+    Returns:
+        Name to module, in the order of ``named_modules()``. A module that stands under several names appears
+        once, under the first of the names that were picked.
+
+    Raises:
+        TypeError: where an argument has a wrong type.
+        ValueError: where a pattern is empty or no valid expression, picks no layer, or picks layers in two
+            direct children of the root; the message lists the nearest names.
+
+    Example:
+        >>> model = nn.ModuleDict({"stem": nn.Conv2d(3, 8, 3), "norm": nn.BatchNorm2d(8)})
+        >>> list(select_layers(nn.ModuleDict({"model": model}), "st*"))
+        ['model.stem']
+    """
+    patterns = check_patterns(layers)
+    types = check_layer_types(layer_types)
+    names = _module_names(root)
+    picked = {name for pattern in patterns for name in _pick(names, pattern, types)}
+    unique: dict[int, str] = {}
+    for name in names:
+        if name in picked:
+            unique.setdefault(id(names[name]), name)
+    return {name: names[name] for name in unique.values()}
+
+
+def check_patterns(layers: Pattern | Sequence[Pattern]) -> list[Pattern]:
+    """Return the patterns as a list.
+
+    Args:
+        layers: what a user gave: a pattern, or a list or tuple of them.
+
+    Returns:
+        The patterns, at least one.
+
+    Raises:
+        TypeError: where a pattern is neither a string nor a callable.
+        ValueError: where the list or a pattern is empty, or a regular expression does not compile.
+    """
+    patterns = list(layers) if isinstance(layers, list | tuple) else [layers]
+    if not patterns:
+        raise ValueError(f"layers={layers!r}: give at least one pattern")
+    for pattern in patterns:
+        if isinstance(pattern, str):
+            _compile(pattern)
+        elif not callable(pattern) or isinstance(pattern, type | nn.Module):
+            raise TypeError(
+                f"layers={pattern!r}: a pattern is a string or a callable (name, module) -> bool, "
+                f"not {type(pattern).__name__}"
+            )
+    return patterns  # pyright: ignore[reportReturnType]
+
+
+def check_layer_types(layer_types: LayerTypes | None) -> tuple[type[nn.Module], ...]:
+    """Return the layer types as a tuple that ``isinstance`` takes.
+
+    Args:
+        layer_types: one `nn.Module` type, a sequence of them, or ``None`` for `CONV_LAYERS`.
+
+    Returns:
+        The types, at least one.
+
+    Raises:
+        TypeError: where an entry is no subclass of `nn.Module`.
+        ValueError: where the sequence is empty.
+    """
+    if layer_types is None:
+        return CONV_LAYERS
+    types = (layer_types,) if isinstance(layer_types, type) else tuple(layer_types)
+    if not types:
+        raise ValueError(f"layer_types={layer_types!r}: give at least one type, or None for conv layers")
+    for entry in types:
+        if not (isinstance(entry, type) and issubclass(entry, nn.Module)):
+            raise TypeError(f"layer_types={layer_types!r}: {entry!r} is no subclass of torch.nn.Module")
+    return types
+
+
+def _module_names(root: nn.Module) -> dict[str, nn.Module]:
+    """Name every module; of a wrapper and what it wraps, the inner one keeps the common name."""
+    names: dict[str, nn.Module] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        names[".".join(part for part in name.split(".") if part not in _WRAPPER_SEGMENTS)] = module
+    return names
+
+
+def _pick(names: dict[str, nn.Module], pattern: Pattern, types: tuple[type[nn.Module], ...]) -> list[str]:
+    """Apply one pattern from the root, else from each direct child."""
+    matches = _compile(pattern) if isinstance(pattern, str) else pattern
+    candidates = {name: module for name, module in names.items() if isinstance(module, types)}
+    picked = [name for name, module in candidates.items() if matches(name, module)]
+    if picked:
+        return picked
+    by_child: dict[str, list[str]] = {}
+    for name, module in candidates.items():
+        child, _, rest = name.partition(".")
+        if rest and matches(rest, module):
+            by_child.setdefault(child, []).append(name)
+    if len(by_child) == 1:
+        return next(iter(by_child.values()))
+    if by_child:
+        examples = ", ".join(f"{found[0]!r}" for found in by_child.values())
+        raise ValueError(
+            f"layers={pattern!r} is ambiguous: it picks layers in {len(by_child)} children ({examples}); "
+            "write the child's name into the pattern"
+        )
+    raise ValueError(_explain_no_match(names, candidates, pattern, matches, types))
+
+
+def _explain_no_match(
+    names: dict[str, nn.Module],
+    candidates: dict[str, nn.Module],
+    pattern: Pattern,
+    matches: Callable[[str, nn.Module], bool],
+    types: tuple[type[nn.Module], ...],
+) -> str:
+    """Say why a pattern picked nothing, and what would have been near."""
+    allowed = "/".join(kind.__name__ for kind in types) if types != CONV_LAYERS else "conv"
+    others = [name for name, module in names.items() if name and matches(name, module)]
+    others = others or [n for n, m in names.items() if "." in n and matches(n.partition(".")[2], m)]
+    if others:
+        kinds = ", ".join(f"{name} ({type(names[name]).__name__})" for name in others[:3])
+        head = f"layers={pattern!r} matches no {allowed} layer, only {kinds}"
+        inside = [n for n in candidates if any(n.startswith(other + ".") for other in others)]
+        if inside:
+            return f"{head}; layers inside: {', '.join(inside[:5])} (write '{pattern}.**' to pick them)"
+        head += "; widen layer_types= to pick other layers"
+    else:
+        head = f"layers={pattern!r} matches no layer"
+    return f"{head}; nearest {allowed} layers: {', '.join(nearest_names(str(pattern), candidates)) or 'none'}"
+
+
+def nearest_names(pattern: str, names: Iterable[str], count: int = 5) -> list[str]:
+    """Return the names that look most like a pattern, compared as a whole and by their ends.
+
+    Args:
+        pattern: what was looked for.
+        names: what there is.
+        count: how many to return at most.
+
+    Returns:
+        Up to ``count`` names, the nearest first.
+    """
+    wanted = pattern.removeprefix("re:").strip("*.^$")
+    segments = wanted.count(".") + 1
+
+    def likeness(name: str) -> float:
+        ends = [name, ".".join(name.split(".")[-segments:])]
+        return max(difflib.SequenceMatcher(None, wanted, end).ratio() for end in ends)
+
+    return sorted(names, key=likeness, reverse=True)[:count]
+
+
+def _compile(pattern: str) -> Callable[[str, nn.Module], bool]:
+    """Turn a glob, or a regular expression after ``re:``, into a predicate on (name, module)."""
+    if not pattern.removeprefix("re:").strip():
+        raise ValueError(f"layers={pattern!r}: a pattern must not be empty")
+    is_regex = pattern.startswith("re:")
+    text = pattern[3:] if is_regex else "".join(_translate(token) for token in _GLOB_TOKEN.findall(pattern))
+    try:
+        expression = re.compile(text)
+    except re.error as error:
+        kind = "regular expression" if is_regex else "glob"
+        raise ValueError(f"layers={pattern!r}: no valid {kind} ({error})") from error
+    search = expression.search if is_regex else expression.fullmatch
+    return lambda name, module: bool(name) and search(name) is not None
+
+
+def _translate(token: str) -> str:
+    """Translate one token of a glob to a regular expression."""
+    if token.startswith("[") and len(token) > 1:
+        excluded = token[1] == "!"
+        members = re.sub(r"([\\\[\]^])", r"\\\1", token[2 if excluded else 1 : -1])
+        return f"[^.{members}]" if excluded else f"[{members}]"
+    wildcards = {"**.": r"(?:[^.]+\.)*", "**": ".*", "*": "[^.]*", "?": "[^.]"}
+    return wildcards.get(token, re.escape(token))

@@ -1,0 +1,161 @@
+"""Progress: from the trainer's counters to the part of drop_prob in use, and whether reclustering is due."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_dropcluster.checks import check_number
+from lightning_dropcluster.schedules import Schedule, constant, intervals_passed, ramp
+
+
+@dataclass(frozen=True)
+class TrainingPosition:
+    """A moment of training in Lightning's counters.
+
+    Args:
+        epoch: the current epoch.
+        step: optimiser steps so far.
+        batch: index of the batch in the epoch.
+        batches_per_epoch: may be infinite.
+        max_epochs: -1 for no limit.
+        max_steps: -1 for no limit.
+    """
+
+    epoch: int
+    step: int
+    batch: int
+    batches_per_epoch: float
+    max_epochs: int
+    max_steps: int
+
+    @property
+    def fraction(self) -> float | None:
+        """The part of training that has passed, by the limit that is nearer; ``None`` where there is none.
+
+        In epochs of unknown length it moves once an epoch.
+        """
+        parts = []
+        if self.max_epochs > 0:
+            within = self.batch / self.batches_per_epoch if self.batches_per_epoch else 0.0
+            parts.append((self.epoch + min(1.0, within)) / self.max_epochs)
+        if self.max_steps > 0:
+            parts.append(self.step / self.max_steps)
+        return min(1.0, max(parts)) if parts else None
+
+
+class Progress:
+    """When dropping starts, how far the ramp is, and when to recluster.
+
+    Due moments lie on a grid: the start, then every interval. The position is kept in whole epochs or steps,
+    so that a resumed run goes on where it was.
+
+    Args:
+        start: a float in [0, 1) is a fraction of training, an integer an epoch.
+        schedule: fraction of the ramp to fraction of drop_prob.
+        every_n_epochs: epochs between due moments; 0 for the start only.
+        every_n_train_steps: optimiser steps between due moments, instead; 5 epochs where both are ``None``.
+
+    Raises:
+        TypeError: where ``start`` is no number.
+        ValueError: where ``start`` is out of its range.
+    """
+
+    def __init__(
+        self,
+        start: int | float,
+        schedule: Schedule,
+        every_n_epochs: int | None = None,
+        every_n_train_steps: int | None = None,
+    ) -> None:
+        if isinstance(start, float):
+            check_number("start", start, 0, 1, high_open=True)
+        else:
+            check_number("start", start, 0, integer=True)
+        self.start, self.schedule = start, schedule
+        self.counts_steps = every_n_train_steps is not None
+        self.every = next(n for n in (every_n_train_steps, every_n_epochs, 5) if n is not None)
+        self.reset()
+
+    def reset(self, has_labels: bool = False) -> None:
+        """Go back to before the start.
+
+        Args:
+            has_labels: whether there are labels already, so that the first due moment is skipped.
+        """
+        self._origin: int | None = None
+        self._start_fraction = 0.0
+        self._passed = int(has_labels)
+
+    def check(self, max_epochs: int | None, max_steps: int, *, is_trial: bool = False) -> None:
+        """Check the settings against the length of training.
+
+        Args:
+            max_epochs: the trainer's; ``None`` or -1 for no limit.
+            max_steps: the trainer's; -1 for no limit.
+            is_trial: whether training is too short on purpose, as with ``fast_dev_run``.
+
+        Raises:
+            ValueError: where a fraction of training without an end is asked for.
+        """
+        endless = max_epochs in (None, -1) and max_steps == -1
+        if endless and isinstance(self.start, float):
+            raise ValueError(
+                f"start={self.start!r}: a fraction of training needs max_epochs or max_steps in the Trainer; "
+                "give an epoch, or set a limit"
+            )
+        if endless and self.schedule.__qualname__ != constant().__qualname__:
+            raise ValueError(
+                "schedule: a ramp to the end of training needs max_epochs or max_steps in the Trainer; "
+                "give schedule='constant', or set a limit"
+            )
+        late = isinstance(self.start, int) and max_epochs is not None and 0 <= max_epochs <= self.start
+        if late and not is_trial:
+            warnings.warn(
+                f"DropCluster: start={self.start!r}: training ends after max_epochs={max_epochs}, so nothing "
+                "will be dropped",
+                stacklevel=2,
+            )
+
+    def advance(self, now: TrainingPosition) -> tuple[float, bool]:
+        """Note the position before a batch.
+
+        Args:
+            now: where training is.
+
+        Returns:
+            The part of drop_prob to use, in [0, 1], and whether reclustering has just become due.
+        """
+        if self._origin is None:
+            if not self._has_started(now):
+                return 0.0, False
+            self._origin = now.step if self.counts_steps else now.epoch
+            self._start_fraction = now.fraction or 0.0
+            if isinstance(self.start, float):
+                self._start_fraction = self.start
+        passed = intervals_passed(now.step if self.counts_steps else now.epoch, self._origin, self.every)
+        is_due, self._passed = passed > self._passed, max(passed, self._passed)
+        fraction = now.fraction
+        return 1.0 if fraction is None else ramp(self.schedule, self._start_fraction)(fraction), is_due
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position as plain scalars.
+
+        Returns:
+            What `load_state_dict` takes.
+        """
+        return {"origin": self._origin, "start_fraction": self._start_fraction, "passed": self._passed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a position.
+
+        Args:
+            state: what `state_dict` returned.
+        """
+        self._origin, self._passed = state["origin"], state["passed"]
+        self._start_fraction = state["start_fraction"]
+
+    def _has_started(self, now: TrainingPosition) -> bool:
+        if isinstance(self.start, int):
+            return now.epoch >= self.start
+        return (now.fraction or 0.0) >= self.start

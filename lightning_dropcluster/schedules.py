@@ -1,0 +1,122 @@
+"""Schedules as closures: what share of drop_prob a moment of training uses, and when something is due."""
+
+import math
+from collections.abc import Callable
+
+Schedule = Callable[[float], float]
+"""From the part of the ramp that has passed to the part of drop_prob in use, both in [0, 1]."""
+
+
+def linear() -> Schedule:
+    """Return the paper's ramp: from 0 to 1 in a straight line.
+
+    Returns:
+        The closure ``fraction -> fraction``.
+
+    Example:
+        >>> linear()(0.25)
+        0.25
+    """
+    return lambda fraction: fraction
+
+
+def cosine() -> Schedule:
+    """Return half a cosine wave from 0 to 1, flat at both ends.
+
+    Returns:
+        The closure ``fraction -> (1 - cos(pi * fraction)) / 2``.
+
+    Example:
+        >>> round(cosine()(0.5), 6)
+        0.5
+    """
+    return lambda fraction: (1.0 - math.cos(math.pi * fraction)) / 2.0
+
+
+def constant() -> Schedule:
+    """Return the schedule that is 1 from the first step on.
+
+    Returns:
+        The closure ``fraction -> 1.0``.
+
+    Example:
+        >>> constant()(0.0)
+        1.0
+    """
+    return lambda fraction: 1.0
+
+
+SCHEDULES: dict[str, Callable[[], Schedule]] = {"linear": linear, "cosine": cosine, "constant": constant}
+
+
+def make_schedule(schedule: str | Schedule) -> Schedule:
+    """Return the closure of a name, or check the closure given.
+
+    Args:
+        schedule: a name of `SCHEDULES`, or a callable fraction -> fraction, both in [0, 1].
+
+    Returns:
+        The closure.
+
+    Raises:
+        TypeError: where ``schedule`` is neither a string nor a callable.
+        ValueError: where the name is unknown, or the callable leaves [0, 1] at 0, 0.5 or 1.
+    """
+    if isinstance(schedule, str):
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule={schedule!r}: must be a callable or one of {', '.join(SCHEDULES)}")
+        return SCHEDULES[schedule]()
+    if not callable(schedule):
+        raise TypeError(f"schedule={schedule!r}: give a name or a callable, not {type(schedule).__name__}")
+    for fraction in (0.0, 0.5, 1.0):
+        value = schedule(fraction)
+        if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+            raise ValueError(
+                f"schedule={schedule!r}: must map [0, 1] to [0, 1], but {fraction} gave {value!r}"
+            )
+    return schedule
+
+
+def ramp(schedule: Schedule, start: float) -> Schedule:
+    """Stretch a schedule over the rest of training.
+
+    Args:
+        schedule: fraction of the ramp to fraction of drop_prob.
+        start: the fraction of training at which the ramp begins, in [0, 1]; before it the value is 0.
+
+    Returns:
+        A closure from the fraction of training to the fraction of drop_prob, both in [0, 1].
+
+    Example:
+        >>> [ramp(linear(), 0.5)(fraction) for fraction in (0.25, 0.5, 0.75, 1.0)]
+        [0.0, 0.0, 0.5, 1.0]
+    """
+    length = 1.0 - start
+
+    def value(fraction: float) -> float:
+        if fraction < start:
+            return 0.0
+        passed = (fraction - start) / length if length > 0.0 else 1.0
+        return schedule(min(1.0, max(0.0, passed)))
+
+    return value
+
+
+def intervals_passed(position: int, origin: int, every: int) -> int:
+    """Count the due moments up to now: ``origin`` is the first, then one every ``every``.
+
+    Args:
+        position: the epoch or step now.
+        origin: the epoch or step of the first due moment.
+        every: epochs or steps between due moments; 0 for the first one only.
+
+    Returns:
+        0 before ``origin``, then 1, 2, ...
+
+    Example:
+        >>> [intervals_passed(step, 2, 3) for step in range(9)]
+        [0, 0, 1, 1, 1, 2, 2, 2, 3]
+    """
+    if position < origin:
+        return 0
+    return 1 if every == 0 else 1 + (position - origin) // every
