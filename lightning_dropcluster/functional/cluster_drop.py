@@ -1,0 +1,170 @@
+"""DropCluster as pure functions: draw a keep table, look it up by labels, multiply."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def cluster_drop(
+    x: Tensor,
+    labels: Tensor,
+    keep: Tensor,
+    *,
+    scale: Tensor | float | None = None,
+    sizes: Tensor | None = None,
+) -> Tensor:
+    """Drop clusters of features and rescale what is kept.
+
+    Every feature shares its cluster's fate: ``y[n, c, s] = x[n, c, s] * keep[n, c, labels[c, s]] * scale``.
+    Clusters are disjoint, so a feature is dropped with exactly the probability behind the keep table,
+    whatever the size of its cluster. Backward saves the keep table and the labels, never a mask of the
+    activation's size; second derivatives work.
+
+    Source: DropCluster, https://arxiv.org/abs/2002.02997. How the paper rescales is not known to us; the
+    default is the ratio of DropBlock (https://arxiv.org/abs/1810.12890, algorithm 1) over the whole batch.
+
+    Args:
+        x: activation (N, C, *spatial), floating point.
+        labels: cluster of each feature, integers in [0, K), (C or 1, *spatial). A first dimension of 1 is one
+            partition for all channels; spatial dimensions of 1 stand for whole maps; labels of any other size
+            are resized by nearest neighbour.
+        keep: which clusters stay, bool (N or 1, G, K). G is C where each map has clusters of its own, and 1
+            where one set of clusters serves the whole layer.
+        scale: factor for what is kept; ``None`` for (number of features) / (number kept), counted over the
+            batch.
+        sizes: features per cluster (G, K) as `cluster_sizes` counts them, to save counting them again.
+
+    Returns:
+        A tensor like ``x``: same shape, dtype, device and memory format. Where everything is dropped it is
+        zero, never NaN.
+
+    Example:
+        >>> x, labels = torch.ones(1, 1, 4), torch.tensor([[0, 0, 1, 1]])
+        >>> cluster_drop(x, labels, torch.tensor([[[True, False]]]))
+        tensor([[[2., 2., 0., 0.]]])
+    """
+    resized = resize_labels(labels, x.shape[2:])
+    if scale is None:
+        if sizes is None or resized is not labels:
+            sizes = cluster_sizes(resized, *keep.shape[1:])
+        scale = _kept_ratio(keep, sizes)
+    elif not isinstance(scale, Tensor):
+        scale = torch.tensor(scale, device=x.device)
+    return _ClusterDrop.apply(x, resized, keep, scale)  # pyright: ignore[reportReturnType]
+
+
+def draw_keep_table(
+    shape: tuple[int, int, int],
+    drop_prob: Tensor | float,
+    *,
+    device: torch.device | None = None,
+    shift: float = 0.0,
+) -> Tensor:
+    """Draw which clusters stay.
+
+    The draw comes from the default generator of the device, so that activation checkpointing repeats it.
+
+    Args:
+        shape: (samples, maps, clusters).
+        drop_prob: probability in [0, 1) that a cluster is dropped; a 0-d tensor avoids recompilation.
+        device: where to draw.
+        shift: in [0, 1), added to the uniform draw modulo 1, so that ranks which are seeded alike draw apart.
+
+    Returns:
+        A bool table of that shape, True where the cluster stays.
+
+    Example:
+        >>> draw_keep_table((2, 3, 4), 0.0).all().item()
+        True
+    """
+    uniform = torch.rand(shape, device=device)
+    if shift:
+        uniform = (uniform + shift) % 1.0
+    return uniform >= drop_prob
+
+
+def cluster_sizes(labels: Tensor, num_groups: int, num_clusters: int) -> Tensor:
+    """Count the features of each cluster.
+
+    Args:
+        labels: integers in [0, num_clusters), (C or 1, *spatial).
+        num_groups: G, the number of label sets: C where each map has clusters of its own, else 1.
+        num_clusters: K.
+
+    Returns:
+        Counts (G, K), float32.
+
+    Example:
+        >>> cluster_sizes(torch.tensor([[0, 0, 2], [1, 1, 1]]), 2, 3)
+        tensor([[2., 0., 1.],
+                [0., 3., 0.]])
+    """
+    flat = labels.reshape(num_groups, -1).long()
+    sizes = torch.zeros(num_groups, num_clusters, device=labels.device)
+    return sizes.scatter_add_(1, flat, torch.ones_like(flat, dtype=sizes.dtype))
+
+
+def resize_labels(labels: Tensor, spatial: tuple[int, ...]) -> Tensor:
+    """Resize labels to another spatial shape by nearest neighbour.
+
+    Args:
+        labels: (C or 1, *spatial').
+        spatial: the wanted spatial shape, with as many dimensions as the labels have.
+
+    Returns:
+        Labels (C or 1, *spatial); the given tensor itself where the shape is right already or every spatial
+        dimension is 1.
+
+    Example:
+        >>> resize_labels(torch.tensor([[1, 2]]), (4,))
+        tensor([[1, 1, 2, 2]])
+    """
+    old = labels.shape[1:]
+    if tuple(old) == tuple(spatial) or all(size == 1 for size in old):
+        return labels
+    for axis, (have, want) in enumerate(zip(old, spatial, strict=True), start=1):
+        nearest = torch.arange(want, device=labels.device) * have // want
+        labels = labels.index_select(axis, nearest)
+    return labels
+
+
+def _kept_ratio(keep: Tensor, sizes: Tensor) -> Tensor:
+    """(number of features) / (number kept) over the batch, 0-d float32; 1 where nothing is kept."""
+    total = sizes.sum() * keep.shape[0]
+    # Counting what is dropped makes the ratio exactly 1 where nothing is.
+    kept = total - ((~keep).sum(0, dtype=torch.float32) * sizes).sum()
+    return torch.where(kept > 0, total / kept, 1.0)
+
+
+def _look_up(table: Tensor, index: Tensor, labels: Tensor) -> Tensor:
+    """Spread a table (..., G, K) over flat labels (..., G, F), in the shape (..., *labels.shape)."""
+    return table.gather(-1, index).reshape(*table.shape[:-2], *labels.shape)
+
+
+def _multiply(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
+    """Multiply by the looked-up table; on a CPU sample by sample, since a mask then fits the cache."""
+    index = labels.reshape(keep.shape[1], -1).long()
+    table = keep.to(x.dtype) * scale.to(x.dtype)
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or len(table) != len(x):
+        return x * _look_up(table, index.expand(len(table), -1, -1), labels)
+    out = torch.empty_like(x)
+    for sample, row, target in zip(x, table, out, strict=True):
+        torch.mul(sample, _look_up(row, index, labels), out=target)
+    return out
+
+
+class _ClusterDrop(torch.autograd.Function):
+    """The product with a looked-up table is its own adjoint, so backward applies the function again."""
+
+    @staticmethod
+    def forward(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
+        return _multiply(x, labels, keep, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _ClusterDrop.apply(grads[0], *ctx.saved_tensors), None, None, None

@@ -1,0 +1,148 @@
+"""ClusterDrop: the module that drops clusters; the callback DropCluster attaches one to each layer."""
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dropcluster.functional import cluster_drop, cluster_sizes, draw_keep_table
+
+RESCALES = ("batch", "expected")
+
+
+class ClusterDrop(nn.Module):
+    """Drop clusters of features in training; the identity in eval mode and where drop_prob is 0.
+
+    Source: DropCluster, https://arxiv.org/abs/2002.02997.
+
+    Args:
+        labels: cluster of each feature, integers >= 0, (C or 1, *spatial). See `cluster_drop` for what
+            dimensions of 1 mean and for inputs of another spatial size.
+        drop_prob: probability in [0, 1) that a cluster, and so each of its features, is dropped.
+        num_clusters: K, the width of the keep table; ``None`` for the largest label plus one. A larger value
+            leaves room for later labels.
+        per_map: True where each map has clusters of its own; False where the labels number the clusters of
+            the whole layer.
+        per_sample: True draws for each sample, False once for the whole batch.
+        rescale: ``"batch"`` scales what is kept by (number of features) / (number kept) over the batch,
+            ``"expected"`` by 1 / (1 - drop_prob).
+        shift: see `draw_keep_table`.
+
+    Raises:
+        ValueError: where an argument is out of its range.
+
+    Example:
+        >>> drop = ClusterDrop(torch.tensor([[0, 0, 1, 1]]), drop_prob=0.5)
+        >>> drop.eval()(torch.ones(1, 1, 4))
+        tensor([[[1., 1., 1., 1.]]])
+    """
+
+    labels: Tensor
+    sizes: Tensor
+    drop_prob: Tensor
+
+    def __init__(
+        self,
+        labels: Tensor,
+        drop_prob: float = 0.15,
+        *,
+        num_clusters: int | None = None,
+        per_map: bool = True,
+        per_sample: bool = True,
+        rescale: str = "batch",
+        shift: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if rescale not in RESCALES:
+            raise ValueError(f"rescale={rescale!r}: must be one of {', '.join(RESCALES)}")
+        self.num_clusters = num_clusters if num_clusters is not None else int(labels.max()) + 1
+        self.per_map, self.per_sample, self.rescale, self.shift = per_map, per_sample, rescale, shift
+        dtype = smallest_integer_type(self.num_clusters)
+        self.register_buffer("labels", torch.zeros(labels.shape, dtype=dtype, device=labels.device))
+        self.register_buffer("sizes", torch.zeros(self._num_groups, self.num_clusters, device=labels.device))
+        self.register_buffer("drop_prob", torch.zeros((), device=labels.device))
+        self.set_labels(labels)
+        self.set_drop_prob(drop_prob)
+
+    @property
+    def _num_groups(self) -> int:
+        return len(self.labels) if self.per_map else 1
+
+    def set_labels(self, labels: Tensor) -> None:
+        """Write new labels in place, so that compiled code and CUDA graphs go on as they are.
+
+        Args:
+            labels: integers in [0, num_clusters) in the shape of the old ones.
+
+        Raises:
+            ValueError: where the shape or the range is another.
+        """
+        if labels.shape != self.labels.shape:
+            raise ValueError(f"labels of shape {tuple(labels.shape)}: must be {tuple(self.labels.shape)}")
+        low, high = int(labels.min()), int(labels.max())  # a small type would wrap num_clusters
+        if low < 0 or high >= self.num_clusters:
+            raise ValueError(f"labels in [{low}, {high}]: must be in [0, {self.num_clusters})")
+        self.labels.copy_(labels)
+        self.sizes.copy_(cluster_sizes(self.labels, self._num_groups, self.num_clusters))
+
+    def can_hold(self, labels: Tensor) -> bool:
+        """Whether `set_labels` would take these labels.
+
+        Args:
+            labels: integers >= 0.
+
+        Returns:
+            True where shape and range fit.
+        """
+        return labels.shape == self.labels.shape and int(labels.max()) < self.num_clusters
+
+    def set_drop_prob(self, drop_prob: float) -> None:
+        """Set the drop probability in place.
+
+        Args:
+            drop_prob: in [0, 1).
+
+        Raises:
+            ValueError: where it is out of range.
+        """
+        if not 0.0 <= drop_prob < 1.0:
+            raise ValueError(f"drop_prob={drop_prob!r}: must be in [0, 1)")
+        self.drop_prob.fill_(drop_prob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop clusters of an activation.
+
+        Args:
+            x: (N, C, *spatial), floating point.
+
+        Returns:
+            A tensor like ``x``; in eval mode ``x`` itself.
+        """
+        if not self.training:
+            return x
+        shape = (len(x) if self.per_sample else 1, self._num_groups, self.num_clusters)
+        keep = draw_keep_table(shape, self.drop_prob, device=x.device, shift=self.shift)
+        scale = None if self.rescale == "batch" else 1.0 / (1.0 - self.drop_prob)
+        return cluster_drop(x, self.labels, keep, scale=scale, sizes=self.sizes)
+
+    def extra_repr(self) -> str:
+        """Return the settings, as `repr` shows them."""
+        return (
+            f"drop_prob={self.drop_prob.item():.4g}, labels={tuple(self.labels.shape)}, "
+            f"num_clusters={self.num_clusters}, per_map={self.per_map}, per_sample={self.per_sample}, "
+            f"rescale={self.rescale!r}"
+        )
+
+
+def smallest_integer_type(num_labels: int) -> torch.dtype:
+    """Return the smallest integer type that holds labels in [0, num_labels).
+
+    Args:
+        num_labels: at least 1.
+
+    Returns:
+        uint8, int16 or int32.
+
+    Example:
+        >>> smallest_integer_type(257)
+        torch.int16
+    """
+    return torch.uint8 if num_labels <= 256 else torch.int16 if num_labels <= 32768 else torch.int32

@@ -1,0 +1,104 @@
+"""Scopes: what is grouped together, and so what a profile, a problem and a label table look like."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+"""A layer's output shape without the batch: (C, *spatial)."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """How one scope lays out a layer of shape (C, *spatial) with S positions.
+
+    Args:
+        name: what users call it.
+        per_map: whether each map has clusters of its own.
+        problems: shape -> (B, F), the number of independent clusterings and the items in each.
+        observations: shape -> how many values of each item one sample brings.
+        label_shape: shape -> the shape of the label table, which broadcasts to (C, *spatial).
+        grid: shape -> the lattice on which a problem's items lie, or ``None`` where they lie on none.
+        rows: activation (N, C, S) -> (N * observations, B * F), one row per observation.
+    """
+
+    name: str
+    per_map: bool
+    problems: Callable[[Shape], tuple[int, int]]
+    observations: Callable[[Shape], int]
+    label_shape: Callable[[Shape], Shape]
+    grid: Callable[[Shape], Shape | None]
+    rows: Callable[[Tensor], Tensor]
+
+    def compress(self, labels: Tensor) -> Tensor:
+        """Take the label table out of full labels.
+
+        Args:
+            labels: (C, *spatial).
+
+        Returns:
+            The table, a view of ``labels`` in the shape that ``label_shape`` names.
+
+        Raises:
+            ValueError: where the labels differ along a dimension that the scope shares.
+        """
+        table = labels
+        for axis, size in enumerate(self.label_shape(tuple(labels.shape))):
+            table = table.narrow(axis, 0, size)
+        if not torch.equal(table.expand_as(labels), labels):
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} are not shared as scope={self.name!r} asks"
+            )
+        return table
+
+
+def _positions(shape: Shape) -> int:
+    return math.prod(shape[1:])
+
+
+SCOPES: dict[str, Scope] = {
+    scope.name: scope
+    for scope in (
+        Scope(
+            "map",
+            per_map=True,
+            problems=lambda shape: (shape[0], _positions(shape)),
+            observations=lambda shape: 1,
+            label_shape=lambda shape: shape,
+            grid=lambda shape: shape[1:],
+            rows=lambda x: x.flatten(1),
+        ),
+        Scope(
+            "position",
+            per_map=False,
+            problems=lambda shape: (1, _positions(shape)),
+            observations=lambda shape: shape[0],
+            label_shape=lambda shape: (1, *shape[1:]),
+            grid=lambda shape: shape[1:],
+            rows=lambda x: x.flatten(0, 1),
+        ),
+        Scope(
+            "layer",
+            per_map=False,
+            problems=lambda shape: (1, math.prod(shape)),
+            observations=lambda shape: 1,
+            label_shape=lambda shape: shape,
+            grid=lambda shape: shape,
+            rows=lambda x: x.flatten(1),
+        ),
+        Scope(
+            "channel",
+            per_map=False,
+            problems=lambda shape: (1, shape[0]),
+            observations=_positions,
+            label_shape=lambda shape: (shape[0], *(1 for _ in shape[1:])),
+            grid=lambda shape: None,
+            rows=lambda x: x.transpose(1, 2).flatten(0, 1),
+        ),
+    )
+}
+"""The scopes by name: ``map`` (features within each map, as in the paper), ``position`` (one partition of the
+positions for all maps), ``layer`` (all features together), ``channel`` (whole maps)."""
