@@ -1,0 +1,146 @@
+"""K-means by FAISS: a pool over the problems on a CPU, assignments on the device on a GPU."""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+
+import numpy as np
+import torch  # before faiss: in the other order FAISS's thread settings would leak into torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import faiss  # isort: skip
+from lightning_dropcluster.clustering.repair import Labels, Points, centroids, repair
+from lightning_dropcluster.clustering.torch_kmeans import check_kmeans_arguments, lloyd
+
+_GPU_SCRATCH = 128 * 2**20  # bytes; FAISS would take 1.5 GiB outside torch's allocator
+
+
+class FaissKMeans:
+    """K-means by FAISS, on the device of the profiles.
+
+    On a CPU each problem is one ``faiss.Kmeans`` with one FAISS thread, and a pool works on as many problems
+    at a time as torch has threads. On a GPU FAISS assigns all points on the device and torch averages.
+
+    Args:
+        max_iter: iterations at most.
+        tolerance: stop when an iteration lowers the inertia by less than this share of it.
+        min_share: clusters below this share of the mean size are merged away, see `repair`.
+        seed: of the starting centroids; the same seed and profiles give the same labels.
+
+    Raises:
+        ValueError: where an argument is out of its range.
+
+    Example:
+        >>> FaissKMeans().fit(torch.eye(4)[None], num_clusters=4).unique().tolist()
+        [0, 1, 2, 3]
+    """
+
+    def __init__(
+        self, max_iter: int = 25, tolerance: float = 1e-3, min_share: float = 0.25, seed: int = 0
+    ) -> None:
+        check_kmeans_arguments(max_iter, tolerance, min_share)
+        self.max_iter, self.tolerance, self.min_share, self.seed = max_iter, tolerance, min_share, seed
+
+    def fit(
+        self,
+        profiles: Tensor,
+        num_clusters: int,
+        init_labels: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Group the items of B independent problems; see `Clusterer.fit`.
+
+        Args:
+            profiles: (B, F, D) float32, every value finite.
+            num_clusters: K.
+            init_labels: (B, F) for a warm start: the first centroids are the means of these clusters.
+            grid: not used.
+
+        Returns:
+            int64 labels (B, F) on the profiles' device.
+        """
+        if profiles.is_cuda and faiss.get_num_gpus() > 0:
+            return lloyd(
+                profiles,
+                num_clusters,
+                init_labels,
+                assign=assign_on_gpu,
+                max_iter=self.max_iter,
+                tolerance=self.tolerance,
+                min_share=self.min_share,
+                seed=self.seed,
+            )
+        points = profiles.detach().cpu().float().contiguous().numpy()
+        old = [None] * len(points) if init_labels is None else init_labels.cpu().long().numpy()
+        threads = torch.get_num_threads()
+        workers = min(threads, len(points))
+        # FAISS counts OpenMP threads per thread, so the pool's settings end with its threads.
+        set_threads = partial(faiss.omp_set_num_threads, max(1, threads // workers))
+        with ThreadPoolExecutor(workers, initializer=set_threads) as pool:
+            labels = list(pool.map(partial(self._fit_one, num_clusters), points, old))
+        return torch.from_numpy(np.stack(labels)).to(profiles.device)
+
+    def _fit_one(self, num_clusters: int, points: Points, old: NDArray[np.int64] | None) -> Labels:
+        """Cluster the live items of one problem; dead ones get label 0."""
+        alive = points.any(axis=1)
+        labels = np.zeros(len(points), dtype=np.int64)
+        if alive.any():
+            live = np.ascontiguousarray(points[alive])
+            count = min(num_clusters, len(live))
+            start = None if old is None else self._warm_start(live, old[alive], num_clusters, count)
+            labels[alive] = repair(live, self._k_means(live, count, start), count, self.min_share)
+        return labels
+
+    def _k_means(self, points: Points, num_clusters: int, start: Points | None) -> Labels:
+        kmeans = faiss.Kmeans(
+            points.shape[1],
+            num_clusters,
+            niter=self.max_iter,
+            seed=self.seed,
+            early_stop_threshold=self.tolerance,
+            min_points_per_centroid=1,
+            max_points_per_centroid=max(256, -(-len(points) // num_clusters)),
+        )
+        kmeans.train(points, init_centroids=start)
+        _, nearest = kmeans.index.search(points, 1)
+        return nearest[:, 0]
+
+    def _warm_start(self, points: Points, old: Labels, num_clusters: int, count: int) -> Points:
+        """Average the old clusters on the new profiles; random points stand in for empty ones."""
+        means, sizes = centroids(points, old, num_clusters)
+        used = np.flatnonzero(sizes)[:count]
+        means = means[used]
+        if len(used) < count:
+            rng = np.random.default_rng(self.seed)
+            means = np.concatenate([means, points[rng.permutation(len(points))[: count - len(used)]]])
+        return np.ascontiguousarray(means)
+
+
+def assign_on_gpu(points: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """Let FAISS find the nearest centroids on the points' GPU.
+
+    Args:
+        points: (B, F, D) float32 CUDA tensor.
+        means: (B, K, D) float32 CUDA tensor.
+
+    Returns:
+        Labels (B, F) int64 and squared distances (B, F) on the device.
+    """
+    resources, device = _gpu_resources(points.device.index), points.device.index
+    with torch.cuda.device(points.device):
+        found = [
+            faiss.knn_gpu(resources, some, centres, 1, device=device)
+            for some, centres in zip(points.contiguous(), means.contiguous(), strict=True)
+        ]
+    return torch.stack([n[:, 0] for _, n in found]), torch.stack([d[:, 0] for d, _ in found])
+
+
+@lru_cache
+def _gpu_resources(device: int) -> "faiss.StandardGpuResources":
+    """One set of FAISS resources per process and device; they are not safe to share between threads."""
+    import faiss.contrib.torch_utils  # lets knn_gpu take tensors, on torch's current stream
+
+    with torch.cuda.device(device):
+        resources = faiss.StandardGpuResources()
+        resources.setTempMemory(_GPU_SCRATCH)
+    return resources

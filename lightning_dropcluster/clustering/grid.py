@@ -1,0 +1,137 @@
+"""Clusterers that keep clusters connected on the grid, as the paper's family does."""
+
+import importlib.util
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_dropcluster.clustering.protocol import grid_positions, nearest_alive
+
+Cluster = Callable[[NDArray[np.float32], int, tuple[int, ...]], NDArray[np.integer]]
+
+
+class Ward:
+    """Ward's agglomeration on the grid: every cluster is spatially connected (scikit-learn).
+
+    Slower than k-means, and it cannot start from old labels. Needs
+    ``pip install lightning-dropcluster[ward]``.
+
+    Raises:
+        ImportError: at construction, where scikit-learn is missing.
+    """
+
+    def __init__(self) -> None:
+        _require("sklearn", "scikit-learn", "ward")
+
+    def fit(
+        self,
+        profiles: Tensor,
+        num_clusters: int,
+        init_labels: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Group the items of B independent problems; see `Clusterer.fit`.
+
+        Args:
+            profiles: (B, F, D) float32.
+            num_clusters: K.
+            init_labels: not used.
+            grid: the lattice whose neighbours may be joined.
+
+        Returns:
+            int64 labels (B, F).
+
+        Raises:
+            ValueError: where there is no grid.
+        """
+        return _fit_each(_ward, profiles, num_clusters, grid)
+
+
+class ReNA:
+    """Recursive neighbour agglomeration, which the paper uses: fast, and connected on the grid (nilearn).
+
+    Source: Hoyos-Idrobo et al. 2019, https://arxiv.org/abs/1609.04608. It cannot start from old labels. Needs
+    ``pip install lightning-dropcluster[rena]``.
+
+    Raises:
+        ImportError: at construction, where nilearn is missing.
+    """
+
+    def __init__(self) -> None:
+        _require("nilearn", "nilearn", "rena")
+
+    def fit(
+        self,
+        profiles: Tensor,
+        num_clusters: int,
+        init_labels: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Group the items of B independent problems; see `Clusterer.fit`.
+
+        Args:
+            profiles: (B, F, D) float32.
+            num_clusters: K.
+            init_labels: not used.
+            grid: the lattice whose neighbours may be joined, of at most three dimensions.
+
+        Returns:
+            int64 labels (B, F).
+
+        Raises:
+            ValueError: where there is no grid.
+        """
+        return _fit_each(_rena, profiles, num_clusters, grid)
+
+
+def _require(module: str, package: str, extra: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise ImportError(f"{package} is missing: pip install 'lightning-dropcluster[{extra}]'")
+
+
+def _fit_each(cluster: Cluster, profiles: Tensor, num_clusters: int, grid: tuple[int, ...] | None) -> Tensor:
+    """Cluster one problem after the other; dead items take part as copies of their nearest live one."""
+    if grid is None:
+        raise ValueError("clusterer: Ward and ReNA join neighbours on a grid, and scope='channel' has none")
+    positions, alive = grid_positions(grid), profiles.any(dim=2).cpu()
+    labels = np.zeros(profiles.shape[:2], dtype=np.int64)
+    for row, points, living in zip(labels, profiles.cpu(), alive, strict=True):
+        if living.any():
+            filled = points[nearest_alive(living, positions)].numpy()
+            row[:] = cluster(filled, min(num_clusters, len(filled)), grid)
+    return torch.from_numpy(labels).to(profiles.device)
+
+
+def _ward(points: NDArray[np.float32], num_clusters: int, grid: tuple[int, ...]) -> NDArray[np.integer]:
+    from scipy.sparse import coo_array
+    from sklearn.cluster import AgglomerativeClustering
+
+    first, second = _neighbours(grid)
+    edges = coo_array((np.ones(len(first)), (first, second)), shape=(len(points),) * 2)
+    ward = AgglomerativeClustering(num_clusters, linkage="ward", connectivity=(edges + edges.T).tocsr())
+    return ward.fit_predict(points)
+
+
+def _rena(points: NDArray[np.float32], num_clusters: int, grid: tuple[int, ...]) -> NDArray[np.integer]:
+    from nibabel import Nifti1Image
+    from nilearn.regions.rena_clustering import recursive_neighbor_agglomeration
+
+    if len(grid) > 3:
+        raise ValueError(f"clusterer: ReNA takes grids of at most 3 dimensions, not {grid}")
+    volume = np.ones((*grid, 1, 1)[: max(3, len(grid))], dtype=np.uint8)
+    mask = Nifti1Image(volume, np.eye(4))
+    # One round at least halves the clusters, so this many always reach num_clusters.
+    rounds = max(1, len(points).bit_length())
+    return recursive_neighbor_agglomeration(points.T, mask, num_clusters, n_iter=rounds)[1]
+
+
+def _neighbours(grid: tuple[int, ...]) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    """Pairs of neighbouring points of a lattice, numbered in C order."""
+    index = np.arange(np.prod(grid)).reshape(grid)
+    pairs = [
+        (np.delete(index, -1, axis).ravel(), np.delete(index, 0, axis).ravel()) for axis in range(len(grid))
+    ]
+    return np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs])

@@ -1,0 +1,151 @@
+"""What a clusterer is, and what is made of its labels."""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Clusterer(Protocol):
+    """Anything with this ``fit``; no base class is needed."""
+
+    def fit(
+        self,
+        profiles: Tensor,
+        num_clusters: int,
+        init_labels: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Group the items of B independent problems.
+
+        Args:
+            profiles: (B, F, D) float32. Rows have unit length before positions are appended; rows of dead
+                features, which never changed, are all zero.
+            num_clusters: K, at most F.
+            init_labels: labels of the last clustering, integers (B, F) in [0, K), or ``None``.
+            grid: the lattice that the F items fill in C order, or ``None`` where they lie on none.
+
+        Returns:
+            Integer labels (B, F) in [0, K) on any device. Labels of dead features do not matter and clusters
+            may be empty: `settle` sees to both.
+        """
+        ...
+
+
+def settle(
+    labels: Tensor, profiles: Tensor, num_clusters: int, grid: tuple[int, ...] | None = None
+) -> Tensor:
+    """Check a clusterer's labels and bring them into the form that the rest relies on.
+
+    Args:
+        labels: what ``fit`` returned for ``profiles``.
+        profiles: (B, F, D).
+        num_clusters: what ``fit`` was asked for.
+        grid: as in `Clusterer.fit`.
+
+    Returns:
+        int64 labels (B, F) on the profiles' device. Dead features belong to the cluster of the nearest live
+        one on the grid; each problem's labels are 0 to K' - 1 with no cluster empty and K' <= num_clusters.
+
+    Raises:
+        TypeError: where the labels are no integer tensor.
+        ValueError: where their shape or range is wrong.
+    """
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        kind = f"a {labels.dtype} tensor" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+        raise TypeError(f"clusterer: fit must return an integer tensor, but returned {kind}")
+    if labels.shape != profiles.shape[:2]:
+        raise ValueError(
+            f"clusterer: fit must return labels of shape {tuple(profiles.shape[:2])}, "
+            f"but returned {tuple(labels.shape)}"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_clusters:
+        raise ValueError(
+            f"clusterer: fit must return labels in [0, {num_clusters}), but returned [{low}, {high}]"
+        )
+    labels = labels.to(profiles.device, torch.int64)
+    return _renumber(_adopt_dead(labels, profiles.any(dim=2), grid), num_clusters)
+
+
+def count_clusters(labels: Tensor) -> Tensor:
+    """Count the clusters of settled labels.
+
+    Args:
+        labels: (B, F) as `settle` returns them.
+
+    Returns:
+        (B,) int64.
+    """
+    return labels.amax(1) + 1
+
+
+def append_positions(profiles: Tensor, grid: tuple[int, ...], weight: float) -> Tensor:
+    """Append scaled grid positions to the profiles, so that near items cluster more readily.
+
+    Args:
+        profiles: (B, F, D).
+        grid: the lattice, of F points.
+        weight: the distance, in units of profile length, between opposite ends of the longest side.
+
+    Returns:
+        (B, F, D + len(grid)); rows of dead items stay zero.
+    """
+    positions = grid_positions(grid, profiles.device) * (weight / max(1, max(grid) - 1))
+    alive = profiles.any(dim=2, keepdim=True)
+    return torch.cat([profiles, positions * alive], dim=2)
+
+
+def grid_positions(grid: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """List the points of a lattice in C order.
+
+    Args:
+        grid: its sides.
+        device: where to.
+
+    Returns:
+        (points, len(grid)) float32 coordinates.
+
+    Example:
+        >>> grid_positions((1, 2)).tolist()
+        [[0.0, 0.0], [0.0, 1.0]]
+    """
+    axes = [torch.arange(side, dtype=torch.float32, device=device) for side in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+
+
+def nearest_alive(alive: Tensor, positions: Tensor) -> Tensor:
+    """Find for each item the nearest live one, itself where it lives.
+
+    Args:
+        alive: (F,) bool, at least one True.
+        positions: (F, dimensions) on the same device.
+
+    Returns:
+        (F,) int64 indices.
+    """
+    nearest = torch.arange(len(alive), device=alive.device)
+    live = alive.nonzero().squeeze(1)
+    for some in (~alive).nonzero().squeeze(1).split(4096):
+        nearest[some] = live[torch.cdist(positions[some], positions[live]).argmin(1)]
+    return nearest
+
+
+def _adopt_dead(labels: Tensor, alive: Tensor, grid: tuple[int, ...] | None) -> Tensor:
+    """Give dead items the label of the nearest live one; where none lives, all share one cluster."""
+    if alive.all():
+        return labels
+    positions = grid_positions(grid or (labels.shape[1],), labels.device)
+    rows = [
+        row[nearest_alive(living, positions)] if living.any() else torch.zeros_like(row)
+        for row, living in zip(labels, alive, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def _renumber(labels: Tensor, num_clusters: int) -> Tensor:
+    """Close the gaps that empty clusters leave, in order, so that the others keep their identity."""
+    used = torch.zeros(len(labels), num_clusters, dtype=torch.int64, device=labels.device)
+    used.scatter_(1, labels, 1)
+    return (used.cumsum(1) - 1).gather(1, labels)

@@ -1,0 +1,178 @@
+"""Lloyd's k-means on torch alone, many problems at once: the reference, and the loop FAISS uses on a GPU."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_dropcluster.clustering.repair import repair
+
+Assign = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(points (B, F, D), centroids (B, K, D)) -> (labels (B, F) int64, squared distances (B, F))."""
+
+_FAR = 1e4  # profiles have unit length, so nothing is ever assigned to a centroid out here
+
+
+class TorchKMeans:
+    """K-means by Lloyd's iterations in torch, all problems of a block together.
+
+    Args:
+        max_iter: iterations at most.
+        tolerance: stop when an iteration lowers the inertia by less than this share of it.
+        min_share: clusters below this share of the mean size are merged away, see `repair`.
+        seed: of the starting centroids.
+
+    Raises:
+        ValueError: where an argument is out of its range.
+
+    Example:
+        >>> TorchKMeans().fit(torch.eye(4)[None], num_clusters=4).unique().tolist()
+        [0, 1, 2, 3]
+    """
+
+    def __init__(
+        self, max_iter: int = 25, tolerance: float = 1e-3, min_share: float = 0.25, seed: int = 0
+    ) -> None:
+        check_kmeans_arguments(max_iter, tolerance, min_share)
+        self.max_iter, self.tolerance, self.min_share, self.seed = max_iter, tolerance, min_share, seed
+
+    def fit(
+        self,
+        profiles: Tensor,
+        num_clusters: int,
+        init_labels: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Group the items of B independent problems; see `Clusterer.fit`.
+
+        Args:
+            profiles: (B, F, D) float32.
+            num_clusters: K.
+            init_labels: (B, F) for a warm start: the first centroids are the means of these clusters.
+            grid: not used.
+
+        Returns:
+            int64 labels (B, F) on the profiles' device.
+        """
+        return lloyd(
+            profiles,
+            num_clusters,
+            init_labels,
+            assign=assign_nearest,
+            max_iter=self.max_iter,
+            tolerance=self.tolerance,
+            min_share=self.min_share,
+            seed=self.seed,
+        )
+
+
+def check_kmeans_arguments(max_iter: int, tolerance: float, min_share: float) -> None:
+    """Check what all k-means clusterers take.
+
+    Args:
+        max_iter: at least 1.
+        tolerance: at least 0.
+        min_share: in [0, 0.5].
+
+    Raises:
+        ValueError: where one is out of its range.
+    """
+    if max_iter < 1:
+        raise ValueError(f"max_iter={max_iter!r}: must be at least 1")
+    if not tolerance >= 0.0:
+        raise ValueError(f"tolerance={tolerance!r}: must be at least 0")
+    if not 0.0 <= min_share <= 0.5:
+        raise ValueError(f"min_share={min_share!r}: must be in [0, 0.5]")
+
+
+def lloyd(
+    profiles: Tensor,
+    num_clusters: int,
+    init_labels: Tensor | None,
+    *,
+    assign: Assign,
+    max_iter: int,
+    tolerance: float,
+    min_share: float,
+    seed: int,
+) -> Tensor:
+    """Run Lloyd's iterations on B problems at once.
+
+    Args:
+        profiles: (B, F, D) float32; all-zero rows take no part.
+        num_clusters: K.
+        init_labels: (B, F) for a warm start, or ``None``.
+        assign: how points find their centroids.
+        max_iter: iterations at most.
+        tolerance: smallest relative gain in inertia worth another iteration.
+        min_share: see `repair`.
+        seed: of the starting centroids.
+
+    Returns:
+        int64 labels (B, F); of dead items 0.
+    """
+    alive = profiles.any(dim=2)
+    means = _starting_centroids(profiles, alive, num_clusters, init_labels, seed)
+    labels, distances = assign(profiles, means)
+    inertia = (distances * alive).sum()
+    for _ in range(max_iter):
+        means = _update(profiles, alive, labels, means)
+        labels, distances = assign(profiles, means)
+        previous, inertia = inertia, (distances * alive).sum()
+        if previous - inertia <= tolerance * previous:
+            break
+    return _repair_all(profiles, alive, labels, num_clusters, min_share)
+
+
+def assign_nearest(points: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """Assign points to their nearest centroids, a block of problems at a time to bound memory.
+
+    Args:
+        points: (B, F, D).
+        means: (B, K, D).
+
+    Returns:
+        Labels (B, F) int64 and squared distances (B, F).
+    """
+    block = max(1, 2**24 // (points.shape[1] * means.shape[1]))
+    nearest = []
+    for some, centres in zip(points.split(block), means.split(block), strict=True):
+        scores = torch.baddbmm(centres.square().sum(2)[:, None], some, centres.mT, alpha=-2.0)
+        best = scores.min(dim=2)
+        nearest.append((best.indices, (best.values + some.square().sum(2)).clamp(min=0.0)))
+    return torch.cat([n[0] for n in nearest]), torch.cat([n[1] for n in nearest])
+
+
+def _starting_centroids(
+    profiles: Tensor, alive: Tensor, num_clusters: int, init_labels: Tensor | None, seed: int
+) -> Tensor:
+    """Take random live points, or the means of the old clusters where those have members."""
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.rand(profiles.shape[1], generator=generator).to(profiles.device)
+    order = (score + 2.0 * ~alive).argsort(dim=1)[:, :num_clusters]
+    means = profiles.gather(1, order[:, :, None].expand(-1, -1, profiles.shape[2]))
+    means = torch.where(alive.gather(1, order)[:, :, None], means, _FAR)
+    if init_labels is None:
+        return means
+    return _update(profiles, alive, init_labels.to(profiles.device, torch.int64), means)
+
+
+def _update(profiles: Tensor, alive: Tensor, labels: Tensor, means: Tensor) -> Tensor:
+    """Average the live points of each cluster; clusters without any keep their centroid."""
+    index = labels[:, :, None].expand_as(profiles)
+    sums = torch.zeros_like(means).scatter_add_(1, index, profiles)
+    sizes = torch.zeros_like(means[:, :, 0]).scatter_add_(1, labels, alive.to(means.dtype))[:, :, None]
+    return torch.where(sizes > 0, sums / sizes.clamp(min=1.0), means)
+
+
+def _repair_all(
+    profiles: Tensor, alive: Tensor, labels: Tensor, num_clusters: int, min_share: float
+) -> Tensor:
+    """Repair each problem on the host; those that need none cost little."""
+    labels = labels * alive
+    points, host, living = profiles.cpu().numpy(), labels.cpu().numpy(), alive.cpu().numpy()
+    for row, point, lives in zip(host, points, living, strict=True):
+        if lives.any():
+            count = min(num_clusters, int(lives.sum()))
+            row[lives] = repair(point[lives], row[lives], count, min_share)
+    return torch.from_numpy(host).to(labels.device)

@@ -1,0 +1,188 @@
+"""The clusters of one layer: a small label table that stands for labels of the layer's full shape."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dropcluster.regularizers.cluster_drop import smallest_integer_type
+from lightning_dropcluster.scopes import Scope, Shape
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """One layer's clusters.
+
+    Args:
+        table: label table in the smallest integer type that fits; it broadcasts to ``shape``.
+        shape: (C, *spatial) of the layer when it was clustered.
+    """
+
+    table: Tensor
+    shape: Shape
+
+    @property
+    def labels(self) -> Tensor:
+        """The cluster of each feature, int64 (C, *spatial)."""
+        return self.table.long().expand(self.shape).cpu().clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain scalars for a checkpoint.
+
+        Returns:
+            The table on the CPU, and the shape.
+        """
+        return {"table": self.table.cpu(), "shape": list(self.shape)}
+
+
+def clusters_from_labels(labels: Tensor, scope: Scope, name: str) -> Clusters:
+    """Check labels of a full layer and pack them.
+
+    Args:
+        labels: integers (C, *spatial), numbered from 0 within each problem of the scope.
+        scope: what was grouped.
+        name: of the layer, for errors.
+
+    Returns:
+        The clusters.
+
+    Raises:
+        TypeError: where the labels are no integer tensor.
+        ValueError: where a label is out of range, or the scope shares what differs.
+    """
+    _check_integers(labels, name)
+    if labels.ndim < 1 or not labels.numel():
+        raise ValueError(f"labels of layer {name!r} have shape {tuple(labels.shape)}: must be (C, *spatial)")
+    return _pack(scope.compress(labels), tuple(labels.shape), scope, name)
+
+
+def clusters_from_state(state: Any, scope: Scope, name: str) -> Clusters:
+    """Check what a checkpoint holds for one layer and unpack it.
+
+    Args:
+        state: what `Clusters.state_dict` returned.
+        scope: what was grouped.
+        name: of the layer, for errors.
+
+    Returns:
+        The clusters.
+
+    Raises:
+        TypeError: where the table is no integer tensor.
+        ValueError: where anything else is not as `Clusters.state_dict` makes it.
+    """
+    if not isinstance(state, Mapping) or set(state) != {"table", "shape"}:
+        raise ValueError(f"state of layer {name!r}: must hold 'table' and 'shape', but is {_brief(state)}")
+    table, shape = state["table"], state["shape"]
+    _check_integers(table, name)
+    check_shape(shape, f"state of layer {name!r}: shape")
+    if tuple(table.shape) != scope.label_shape(tuple(shape)):
+        raise ValueError(
+            f"state of layer {name!r}: a table of shape {tuple(table.shape)} does not fit "
+            f"shape={tuple(shape)} and scope={scope.name!r}"
+        )
+    return _pack(table, tuple(shape), scope, name)
+
+
+def read_initial_labels(source: Any, scope: Scope) -> dict[str, Clusters]:
+    """Read clusters to start from.
+
+    Args:
+        source: name to labels (C, *spatial), as ``DropCluster.labels`` gives them, or the path of a Lightning
+            checkpoint that was written with a DropCluster of the same scope.
+        scope: what is grouped.
+
+    Returns:
+        Name to clusters.
+
+    Raises:
+        TypeError: where ``source`` is neither.
+        FileNotFoundError: where there is no such file.
+        ValueError: where it holds no labels, or labels that do not fit the scope.
+    """
+    if isinstance(source, str | PathLike):
+        return _read_checkpoint(source, scope)
+    if not isinstance(source, Mapping):
+        raise TypeError(
+            f"initial_labels={_brief(source)}: must be a mapping of layer names to labels, or the path of a "
+            f"checkpoint, not {type(source).__name__}"
+        )
+    return {str(name): clusters_from_labels(labels, scope, str(name)) for name, labels in source.items()}
+
+
+def check_shape(shape: Any, what: str) -> None:
+    """Check a layer's shape that came from a checkpoint.
+
+    Args:
+        shape: what should be a list (C, *spatial).
+        what: to call it in the error.
+
+    Raises:
+        ValueError: where it is no list of positive integers.
+    """
+    if not (isinstance(shape, list | tuple) and shape and all(type(n) is int and n > 0 for n in shape)):
+        raise ValueError(f"{what}={_brief(shape)}: must be a list (C, *spatial) of positive integers")
+
+
+def smallest_table(table: Tensor) -> Tensor:
+    """Store a label table in the smallest integer type that fits.
+
+    Args:
+        table: integers >= 0.
+
+    Returns:
+        The same labels, contiguous, as uint8, int16 or int32.
+    """
+    return table.to(smallest_integer_type(int(table.max()) + 1)).contiguous()
+
+
+def check_channels(clusters: Clusters, layer: nn.Module, name: str) -> None:
+    """Check that labels belong to a layer of that many channels.
+
+    Args:
+        clusters: of the labels.
+        layer: the layer they are meant for.
+        name: of the layer, for the error.
+
+    Raises:
+        ValueError: where the layer tells another number of channels.
+    """
+    channels = getattr(layer, "out_channels", getattr(layer, "num_features", None))
+    if isinstance(channels, int) and channels != clusters.shape[0]:
+        raise ValueError(
+            f"labels of layer {name!r} have {clusters.shape[0]} channels, but the layer has {channels}"
+        )
+
+
+def _read_checkpoint(path: str | PathLike[str], scope: Scope) -> dict[str, Clusters]:
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    callbacks = checkpoint.get("callbacks", {}) if isinstance(checkpoint, dict) else {}
+    states = [state for key, state in callbacks.items() if key.startswith("DropCluster")]
+    found = {
+        name: clusters_from_state(entry, scope, name)
+        for state in states
+        for name, entry in state["clusters"].items()
+    }
+    if not found:
+        raise ValueError(f"initial_labels={str(path)!r}: the checkpoint holds no labels of a DropCluster")
+    return found
+
+
+def _pack(table: Tensor, shape: Shape, scope: Scope, name: str) -> Clusters:
+    low, high = int(table.min()), int(table.max())
+    items = scope.problems(shape)[1]
+    if low < 0 or high >= items:
+        raise ValueError(f"labels of layer {name!r} are in [{low}, {high}]: must be in [0, {items})")
+    return Clusters(smallest_table(table), shape)
+
+
+def _check_integers(labels: Any, name: str) -> None:
+    if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.dtype == torch.bool:
+        raise TypeError(f"labels of layer {name!r}: must be an integer tensor, not {_brief(labels)}")
+
+
+def _brief(value: Any) -> str:
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"{value!r}"[:80]
