@@ -1,0 +1,23 @@
+"""DropCluster for PyTorch Lightning: drop learned clusters of conv features with one callback."""
+
+from importlib.metadata import version
+
+from lightning_dropcluster.callback import DropCluster
+from lightning_dropcluster.clustering import Clusterer, FaissKMeans, ReNA, TorchKMeans, Ward
+from lightning_dropcluster.layers import select_layers
+from lightning_dropcluster.regularizers import ClusterDrop
+from lightning_dropcluster.visualization import plot_clusters
+
+__version__ = version("lightning_dropcluster")
+
+__all__ = [
+    "ClusterDrop",
+    "Clusterer",
+    "DropCluster",
+    "FaissKMeans",
+    "ReNA",
+    "TorchKMeans",
+    "Ward",
+    "plot_clusters",
+    "select_layers",
+]

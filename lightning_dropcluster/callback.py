@@ -1,0 +1,326 @@
+"""The callback: when things happen. The only file that imports Lightning."""
+
+import importlib
+import warnings
+from collections.abc import Callable, Mapping
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lightning_dropcluster import ranks
+from lightning_dropcluster.checks import check_bool, check_choice, check_not_both, check_number
+from lightning_dropcluster.clustered_layers import ClusteredLayers, Report
+from lightning_dropcluster.clustering import Clusterer, FaissKMeans
+from lightning_dropcluster.clusters import Clusters, read_initial_labels
+from lightning_dropcluster.layers import check_layer_types, check_patterns, select_layers
+from lightning_dropcluster.progress import Progress, TrainingPosition
+from lightning_dropcluster.reclustering import MAX_LAYER_CLUSTERS, Grouping
+from lightning_dropcluster.regularizers.cluster_drop import RESCALES
+from lightning_dropcluster.schedules import make_schedule
+from lightning_dropcluster.scopes import SCOPES
+from lightning_dropcluster.state import read_state
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback, LightningModule, Trainer
+
+    _Base = Callback
+else:
+
+    def _callback_bases() -> tuple[type, ...]:
+        """The Callback classes of both namespaces: each Trainer and LightningCLI knows only its own."""
+        bases = []
+        for namespace in ("lightning.pytorch", "pytorch_lightning"):
+            try:
+                bases.append(importlib.import_module(namespace).Callback)
+            except ImportError:
+                continue
+        return tuple(dict.fromkeys(bases))
+
+    _Base = type("_Base", _callback_bases(), {})
+
+
+class DropCluster(_Base):
+    """Drop clusters of features that respond alike, and learn the clusters during training.
+
+    Forward hooks on the chosen layers watch how features respond to the training batches, FAISS k-means
+    groups those that respond alike, and whole groups are dropped at random while the model trains. Nothing
+    is dropped in validation, test or prediction, and nothing stays attached after ``fit``.
+
+    Source: DropCluster, https://arxiv.org/abs/2002.02997. Where we differ: clusters are made by k-means and
+    need not be spatially connected (the clusterers `Ward` and `ReNA` keep them so), any layers may be chosen
+    (the paper drops in the stem), and clusters are updated on a schedule.
+
+    Args:
+        layers: which layers: a glob over module names such as ``"conv1"`` or ``"layer[12].*.conv2"`` (``*``
+            stays inside a segment, ``**`` crosses dots), a regular expression after ``"re:"``, a callable
+            (name, module) -> bool, or a list of these. See `select_layers`.
+        drop_prob: probability in [0, 1) that a cluster, and so each of its features, is dropped once the
+            schedule has reached its end.
+        num_clusters: clusters per feature map (per layer for the other scopes); or
+        cluster_size: mean number of features per cluster, at least 1. 16 when neither is given.
+        scope: what is grouped: ``"map"``, the features within each feature map; ``"position"``, positions,
+            one partition for all channels; ``"layer"``, all features of the layer together; ``"channel"``,
+            whole feature maps.
+        start: when clusters are first learned and dropping begins: a float is a fraction of training in
+            [0, 1), an integer an epoch. The fraction is that of ``max_epochs`` or ``max_steps``, whichever
+            is farther on.
+        schedule: how drop_prob grows from ``start`` to the end of training: ``"linear"``, ``"cosine"``,
+            ``"constant"``, or a callable fraction -> fraction.
+        every_n_epochs: recluster that many epochs after the last time; 0 for never again. 5 when neither this
+            nor the next is given.
+        every_n_train_steps: recluster every that many optimiser steps instead.
+        num_samples: samples gathered for each reclustering, over all ranks.
+        sketch_dim: dimensions of the sketch; memory is features x sketch_dim.
+        clusterer: any object with ``fit`` as in `Clusterer`; `FaissKMeans` where it is ``None``.
+        per_sample: draw for each sample, or once for the whole batch.
+        rescale: ``"batch"`` scales what is kept by (number of features) / (number kept) over the batch,
+            ``"expected"`` by 1 / (1 - drop_prob).
+        position_weight: above 0, the row and column of a feature count in the clustering; this is the
+            distance between opposite edges of a map, where uncorrelated profiles have a distance of 1.41.
+        overlap_steps: above 0, cluster in the background and switch to the labels that many steps later.
+        layer_types: the module types that patterns may pick; conv layers where it is ``None``.
+        initial_labels: labels to start from, as ``labels`` gives them, or the path of a checkpoint of an
+            earlier run. They take the place of the first clustering.
+        seed: of the sketch and the clustering; the draw of what is dropped uses torch's generator.
+
+    Raises:
+        TypeError: where an argument has a wrong type.
+        ValueError: where an argument is out of its range.
+
+    Example:
+        >>> from pytorch_lightning import Trainer
+        >>> trainer = Trainer(callbacks=[DropCluster("conv1", drop_prob=0.15)], logger=False)
+    """
+
+    def __init__(
+        self,
+        layers: str | list[str] | Callable[[str, nn.Module], bool] | list[Callable[[str, nn.Module], bool]],
+        drop_prob: float = 0.15,
+        *,
+        num_clusters: int | None = None,
+        cluster_size: float | None = None,
+        scope: str = "map",
+        start: int | float = 0.25,
+        schedule: str | Callable[[float], float] = "linear",
+        every_n_epochs: int | None = None,
+        every_n_train_steps: int | None = None,
+        num_samples: int = 1024,
+        sketch_dim: int = 64,
+        clusterer: Clusterer | None = None,
+        per_sample: bool = True,
+        rescale: str = "batch",
+        position_weight: float = 0.0,
+        overlap_steps: int = 0,
+        layer_types: type[nn.Module] | list[type[nn.Module]] | None = None,
+        initial_labels: str | PathLike[str] | Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_patterns(layers)
+        check_layer_types(layer_types)
+        check_number("drop_prob", drop_prob, 0, 1, high_open=True)
+        check_not_both("num_clusters", num_clusters, "cluster_size", cluster_size)
+        check_choice("scope", scope, SCOPES)
+        if num_clusters is not None:
+            most = MAX_LAYER_CLUSTERS if scope == "layer" else 2**31 - 1
+            check_number("num_clusters", num_clusters, 1, most, integer=True)
+        if cluster_size is not None:
+            check_number("cluster_size", cluster_size, 1)
+        check_not_both("every_n_epochs", every_n_epochs, "every_n_train_steps", every_n_train_steps)
+        if every_n_epochs is not None:
+            check_number("every_n_epochs", every_n_epochs, 0, integer=True)
+        if every_n_train_steps is not None:
+            check_number("every_n_train_steps", every_n_train_steps, 0, integer=True)
+        check_number("num_samples", num_samples, 1, integer=True)
+        check_number("sketch_dim", sketch_dim, 1, integer=True)
+        if clusterer is not None and not callable(getattr(clusterer, "fit", None)):
+            raise TypeError(
+                f"clusterer={clusterer!r}: must have a method fit(profiles, num_clusters, init_labels, grid)"
+            )
+        check_bool("per_sample", per_sample)
+        check_choice("rescale", rescale, RESCALES)
+        check_number("position_weight", position_weight, 0)
+        check_number("overlap_steps", overlap_steps, 0, integer=True)
+        check_number("seed", seed, 0, integer=True)
+
+        self.layers, self.layer_types, self.drop_prob, self.scope = layers, layer_types, drop_prob, scope
+        self._progress = Progress(start, make_schedule(schedule), every_n_epochs, every_n_train_steps)
+        self._first_clusters: dict[str, Clusters] = {}
+        if initial_labels is not None:
+            self._first_clusters = read_initial_labels(initial_labels, SCOPES[scope])
+        self._layers = ClusteredLayers(
+            Grouping(scope, num_clusters, cluster_size or 16.0, position_weight),
+            clusterer if clusterer is not None else FaissKMeans(seed=seed),
+            num_samples=num_samples,
+            sketch_dim=sketch_dim,
+            seed=seed,
+            overlap_steps=overlap_steps,
+            per_sample=per_sample,
+            rescale=rescale,
+        )
+        self._drop_prob_now = 0.0
+        self._loaded: dict[str, Any] | None = None
+        self._log_prefix = "dropcluster"
+
+    # What there is to see
+
+    @property
+    def labels(self) -> dict[str, Tensor]:
+        """The cluster of each feature: layer name to int64 labels (C, *spatial); empty before the first."""
+        return {name: clusters.labels for name, clusters in self._layers.clusters.items()}
+
+    @property
+    def drop_prob_now(self) -> float:
+        """The drop probability that this step uses; 0 before the first labels and outside training."""
+        return self._drop_prob_now
+
+    @property
+    def recluster_seconds(self) -> float:
+        """Seconds of this fit that training waited for reclustering."""
+        return self._layers.seconds
+
+    @property
+    def state_key(self) -> str:
+        """What a checkpoint files this callback's state under: equal for equal layers and scope."""
+        patterns = [
+            p if isinstance(p, str) else getattr(p, "__qualname__", type(p).__name__)
+            for p in check_patterns(self.layers)
+        ]
+        return self._generate_state_key(layers=patterns, scope=self.scope)
+
+    # When things happen
+
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Attach: the first moment at which every model exists, on its device, with its state loaded."""
+        self.detach()
+        modules = select_layers(pl_module, self.layers, self.layer_types)
+        self._progress.check(
+            trainer.max_epochs, trainer.max_steps, is_trial=bool(getattr(trainer, "fast_dev_run", False))
+        )
+        self._layers.check_clusterer()
+        self._check_names(modules)
+        others = [c for c in trainer.callbacks if isinstance(c, DropCluster)]  # pyright: ignore
+        position = others.index(self) if self in others else 0
+        self._log_prefix = f"dropcluster-{position}" if position else "dropcluster"
+        if self._loaded is None and trainer.global_step == 0:
+            self._layers.reset(self._first_clusters)
+            self._progress.reset(has_labels=bool(self._first_clusters))
+        self._layers.attach(pl_module, modules, pl_module.device)
+        self._apply_loaded()
+
+    def on_train_batch_start(
+        self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Open a window where one is due, and set the drop probability of the step."""
+        share, is_due = self._progress.advance(_position(trainer, batch_idx))
+        if is_due:
+            self._layers.open_window()
+            self._warn_of_eval_mode()
+        self._drop_prob_now = self._layers.begin_step(self.drop_prob * share)
+        pl_module.log(f"{self._log_prefix}/drop_prob", self._drop_prob_now, batch_size=1)
+
+    def on_train_batch_end(
+        self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Recluster after the batch that filled the window."""
+        self._log_reports(pl_module, self._layers.end_step())
+
+    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Fail where a layer has not run in the epoch of the first window: the window would stay open."""
+        if self._layers.window is not None:
+            self._layers.raise_if_silent()
+
+    def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Wait for labels that are still being made."""
+        self._layers.finish()
+
+    def on_exception(
+        self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
+    ) -> None:
+        """Leave nothing attached: Lightning calls no teardown after an error."""
+        self.detach()
+
+    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Leave nothing attached."""
+        self.detach()
+        self._loaded = None
+
+    def detach(self) -> None:
+        """Take all hooks off; the labels stay. Nothing happens where no hook is on."""
+        self._layers.detach()
+        self._drop_prob_now = 0.0
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the labels, the position in the schedule and the open window.
+
+        Returns:
+            Tensors and plain scalars, which load with ``weights_only=True``.
+        """
+        if self._loaded is not None and not self._layers.attached:
+            return self._loaded
+        return {"scope": self.scope, "progress": self._progress.state_dict(), **self._layers.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state; where the layers are not hooked yet, as soon as they are.
+
+        Args:
+            state_dict: what `state_dict` returned.
+
+        Raises:
+            TypeError: where an entry has a wrong type.
+            ValueError: where an entry is missing or out of its range.
+        """
+        self._layers.clusters = read_state(state_dict, self.scope)
+        self._loaded = state_dict
+        if self._layers.attached:
+            self._apply_loaded()
+
+    def _apply_loaded(self) -> None:
+        if self._loaded is not None:
+            state, self._loaded = self._loaded, None
+            self._progress.load_state_dict(state["progress"])
+            self._layers.load_state_dict(read_state(state, self.scope), state)
+
+    # Reports
+
+    def _log_reports(self, pl_module: "LightningModule", reports: dict[str, Report]) -> None:
+        metrics = {
+            f"{self._log_prefix}/{name}/{key}": value
+            for name, report in reports.items()
+            for key, value in report.items()
+        }
+        # On the epoch: a step's values reach the logger only on every log_every_n_steps-th step.
+        if metrics:
+            pl_module.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+
+    def _check_names(self, modules: Mapping[str, nn.Module]) -> None:
+        unknown = self._first_clusters.keys() - modules.keys()
+        if unknown:
+            raise ValueError(
+                f"initial_labels: {', '.join(sorted(map(repr, unknown)))} are not among the chosen layers "
+                f"({', '.join(modules)})"
+            )
+
+    def _warn_of_eval_mode(self) -> None:
+        idle = self._layers.in_eval_mode()
+        if idle and ranks.rank() == 0:
+            warnings.warn(
+                f"DropCluster: layers {', '.join(idle)} are in eval mode in a training step, so nothing is "
+                "dropped or gathered there; call .train() on them",
+                stacklevel=2,
+            )
+
+
+def _position(trainer: "Trainer", batch_idx: int) -> TrainingPosition:
+    """Where training is now, as the trainer's own counters say it."""
+    return TrainingPosition(
+        epoch=trainer.current_epoch,
+        step=trainer.global_step,
+        batch=batch_idx,
+        batches_per_epoch=trainer.num_training_batches,
+        max_epochs=trainer.max_epochs if trainer.max_epochs is not None else -1,
+        max_steps=trainer.max_steps,
+    )

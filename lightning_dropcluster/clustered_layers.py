@@ -1,0 +1,327 @@
+"""The layers a callback works on, from one step to the next: hooks, windows, labels."""
+
+import time
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dropcluster import ranks
+from lightning_dropcluster.clustering import Clusterer, adjusted_rand_index
+from lightning_dropcluster.clustering.protocol import count_clusters, settle
+from lightning_dropcluster.clusters import Clusters, check_channels, smallest_table
+from lightning_dropcluster.functional import cluster_sizes
+from lightning_dropcluster.injection import Injection
+from lightning_dropcluster.reclustering import Grouping, Reclustering, cluster_share
+from lightning_dropcluster.regularizers import ClusterDrop, Gathering
+from lightning_dropcluster.scopes import SCOPES, Shape
+from lightning_dropcluster.sketch import Sketch
+from lightning_dropcluster.window import GatheringWindow
+
+Report = dict[str, float]
+"""What one reclustering of one layer did, ready to be logged."""
+
+
+class ClusteredLayers:
+    """Everything that happens to the chosen layers; the callback only says when.
+
+    Args:
+        grouping: how many clusters of what.
+        clusterer: who clusters.
+        num_samples: samples per window, over all ranks.
+        sketch_dim: columns of the sketches.
+        seed: of the sketches' signs.
+        overlap_steps: see `Reclustering`.
+        per_sample: see `ClusterDrop`.
+        rescale: see `ClusterDrop`.
+    """
+
+    def __init__(
+        self,
+        grouping: Grouping,
+        clusterer: Clusterer,
+        *,
+        num_samples: int,
+        sketch_dim: int,
+        seed: int,
+        overlap_steps: int,
+        per_sample: bool,
+        rescale: str,
+    ) -> None:
+        self.grouping, self.clusterer, self.scope = grouping, clusterer, SCOPES[grouping.scope]
+        self.num_samples, self.sketch_dim, self.seed = num_samples, sketch_dim, seed
+        self.overlap_steps, self.per_sample, self.rescale = overlap_steps, per_sample, rescale
+        self.clusters: dict[str, Clusters] = {}
+        self.seconds = 0.0
+        self.windows_opened = 0
+        self.window: GatheringWindow | None = None
+        self.reclustering: Reclustering | None = None
+        self._modules: dict[str, nn.Module] = {}
+        self._gatherings: dict[str, Gathering] = {}
+        self._injection: Injection | None = None
+        self._device = torch.device("cpu")
+        self._warned: set[str] = set()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are on the layers."""
+        return self._injection is not None
+
+    def reset(self, clusters: Mapping[str, Clusters]) -> None:
+        """Forget an earlier training.
+
+        Args:
+            clusters: what to start from.
+        """
+        self.clusters, self.seconds, self.windows_opened = dict(clusters), 0.0, 0
+        self._warned.clear()
+
+    def attach(self, root: nn.Module, modules: Mapping[str, nn.Module], device: torch.device) -> None:
+        """Hook the layers.
+
+        Args:
+            root: the model that holds them.
+            modules: name to layer.
+            device: where the model is.
+
+        Raises:
+            ValueError: where the clusters held belong to layers with other channel counts.
+        """
+        self.detach()
+        self._modules, self._device = dict(modules), device
+        self._gatherings = {name: Gathering() for name in modules}
+        for name in self._gatherings.keys() & self.clusters.keys():
+            self._bind(name)
+        self._injection = Injection(self._modules, self._gatherings).attach(root)
+
+    def detach(self) -> None:
+        """Take every hook off and free what only training needs; nothing happens where that is done."""
+        if self._injection is not None:
+            self._injection.detach()
+        if self.reclustering is not None:
+            self.reclustering.abandon()
+        self._injection = self.window = self.reclustering = None
+        self._gatherings = {}
+
+    def open_window(self) -> None:
+        """Start to gather, unless a window is open already or its labels are still awaited.
+
+        A window whose layers have changed their size since it was opened starts again.
+        """
+        if self.reclustering is None and (self.window is None or self.window.has_changed_size):
+            if self.window is not None:
+                self.window.close()
+            self.window = self._make_window(self.windows_opened)
+            self.windows_opened += 1
+
+    def begin_step(self, drop_prob: float) -> float:
+        """Set what the hooks do in the coming step.
+
+        Args:
+            drop_prob: for the layers that have clusters.
+
+        Returns:
+            The probability in use: 0 before the first clusters.
+        """
+        if self.window is not None:
+            self.window.arm()
+        for name, gathering in self._gatherings.items():
+            used = drop_prob if name in self.clusters else 0.0
+            gathering.active = used > 0.0 or self.window is not None
+            gathering.first_call = True
+            if gathering.sketch is not None and gathering.regularizer is None:
+                # One variant less to compile: before the first clusters drop with probability 0.
+                gathering.regularizer = self._make_drop(self._no_clusters(gathering.sketch.shape))
+            if isinstance(gathering.regularizer, ClusterDrop):
+                gathering.regularizer.set_drop_prob(used)
+        return drop_prob if self._gatherings.keys() & self.clusters.keys() else 0.0
+
+    def end_step(self) -> dict[str, Report]:
+        """Close the window if it is full, and switch to new labels if they are due.
+
+        Returns:
+            Name to report, empty where no labels changed.
+
+        Raises:
+            RuntimeError: where a layer has never run, or clustering failed on another rank.
+        """
+        for gathering in self._gatherings.values():
+            gathering.active = False
+        started = time.perf_counter()
+        if self.reclustering is not None:
+            self.reclustering.wait_steps -= 1
+        elif self.window is None or not self.window.is_full():
+            return {}
+        else:
+            self._recluster(self.window)
+        reports = self.finish() if self._is_due() else {}
+        self.seconds += time.perf_counter() - started
+        return reports
+
+    def finish(self) -> dict[str, Report]:
+        """Switch to the labels that are being made, if any; wait for them where they are not ready.
+
+        Returns:
+            Name to report.
+        """
+        if self.reclustering is None:
+            return {}
+        labels = self.reclustering.result(self._device)
+        shapes, self.reclustering = self.reclustering.shapes, None
+        return {name: self._adopt(name, labels[name], shapes[name]) for name in labels}
+
+    def raise_if_silent(self) -> None:
+        """Make sure that every layer has run in training.
+
+        Raises:
+            RuntimeError: where one has not, naming it.
+        """
+        silent = self._injection.silent() if self._injection is not None else []
+        if silent:
+            raise RuntimeError(
+                f"layers: {', '.join(map(repr, silent))} did not run in any training step so far; "
+                "choose layers whose forward the training step calls"
+            )
+
+    def in_eval_mode(self) -> list[str]:
+        """Name the layers in eval mode, where nothing is dropped or gathered.
+
+        Returns:
+            Their names.
+        """
+        return [name for name, module in self._modules.items() if not module.training]
+
+    def check_clusterer(self) -> None:
+        """Let the clusterer solve a tiny problem, so that a faulty one fails now and not in mid-training.
+
+        Raises:
+            Exception: what the clusterer raises, or `settle` finds wrong.
+        """
+        sketch = Sketch((4, 3, 4), scope=self.scope.name, num_samples=8)
+        sketch.update(torch.randn(8, 4, 3, 4, generator=torch.Generator().manual_seed(0)))
+        grid, profiles = self.scope.grid(sketch.shape), sketch.profiles()
+        settle(self.clusterer.fit(profiles, 3, init_labels=None, grid=grid), profiles, 3, grid)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return small tensors and plain scalars, equal on every rank.
+
+        Returns:
+            The clusters and the layers' shapes, and for one process the open window and the labels still
+            awaited. With several ranks both start again on resume.
+        """
+        alone = ranks.world_size() == 1
+        awaited = self.reclustering.state_dict() if alone and self.reclustering is not None else None
+        gathers = self.window is not None or (self.reclustering is not None and not alone)
+        return {
+            "clusters": {name: clusters.state_dict() for name, clusters in self.clusters.items()},
+            "shapes": {name: list(g.shape) for name, g in self._gatherings.items() if g.shape is not None},
+            "windows_opened": self.windows_opened,
+            "window": (self.window.state_dict() if self.window is not None else {}) if gathers else None,
+            "reclustering": awaited,
+        }
+
+    def load_state_dict(self, clusters: Mapping[str, Clusters], state: Mapping[str, Any]) -> None:
+        """Take over clusters, and what was under way, from a checkpoint; the hooks must be on.
+
+        Args:
+            clusters: name to clusters.
+            state: what `state_dict` returned.
+        """
+        self.clusters = dict(clusters)
+        self.windows_opened = state["windows_opened"]
+        for name in self._gatherings.keys() & state["shapes"].keys():
+            self._gatherings[name].shape = tuple(state["shapes"][name])
+        for name in self._gatherings.keys() & self.clusters.keys():
+            self._bind(name)
+        if state["window"] is not None:
+            self.window = self._make_window(self.windows_opened - 1)
+            self.window.load_state_dict(state["window"])
+        if state["reclustering"] is not None:
+            self.reclustering = Reclustering.from_state(state["reclustering"], self._device)
+
+    def _make_window(self, number: int) -> GatheringWindow:
+        return GatheringWindow(
+            self._gatherings,
+            scope=self.scope,
+            number=number,
+            num_samples=self.num_samples,
+            sketch_dim=self.sketch_dim,
+            seed=self.seed,
+            device=self._device,
+        )
+
+    def _recluster(self, window: GatheringWindow) -> None:
+        """Close a full window and have its sketches clustered."""
+        self.raise_if_silent()
+        sketches, self.window = window.merge(), None
+        tables = {
+            name: self.clusters[name].table
+            for name in sketches.keys() & self.clusters.keys()
+            if self.clusters[name].shape == sketches[name].shape
+        }
+        self.reclustering = Reclustering(
+            {name: sketch.shape for name, sketch in sketches.items()},
+            partial(cluster_share, sketches, tables, self.clusterer, self.grouping),
+            wait_steps=self.overlap_steps,
+            in_background=self.overlap_steps > 0,
+        )
+
+    def _is_due(self) -> bool:
+        return self.reclustering is not None and self.reclustering.wait_steps <= 0
+
+    def _adopt(self, name: str, labels: Tensor, shape: Shape) -> Report:
+        """Make labels (B, F) the layer's own."""
+        counts = count_clusters(labels)
+        self._warn_of_fewer(name, counts, shape)
+        old = self.clusters.get(name)
+        self.clusters[name] = Clusters(smallest_table(labels.reshape(self.scope.label_shape(shape))), shape)
+        self._bind(name)
+        sizes = cluster_sizes(labels, len(labels), int(counts.max()))
+        report = {
+            "num_clusters": counts.double().mean().item(),
+            "cluster_size": (labels.shape[1] / counts.double()).mean().item(),
+            "concentration": (sizes / labels.shape[1]).square().sum(1).mean().item(),
+        }
+        if old is not None and old.shape == shape:
+            report["agreement"] = adjusted_rand_index(labels, old.table.reshape(labels.shape))
+        return report
+
+    def _warn_of_fewer(self, name: str, counts: Tensor, shape: Shape) -> None:
+        wanted = self.grouping.num_clusters or self.grouping.clusters_for(shape)
+        fewer = int((counts < wanted).sum())
+        if fewer and name not in self._warned and ranks.rank() == 0:
+            self._warned.add(name)
+            warnings.warn(
+                f"DropCluster: layer {name!r}: num_clusters={wanted} is lowered to the number of distinct "
+                f"profiles in {fewer} of {len(counts)} clusterings, to {int(counts.min())} at the least",
+                stacklevel=2,
+            )
+
+    def _bind(self, name: str) -> None:
+        """Write a layer's clusters into its hook, in place where the table's shape allows."""
+        clusters, gathering = self.clusters[name], self._gatherings[name]
+        check_channels(clusters, self._modules[name], name)
+        table, drop = clusters.table.to(self._device), gathering.regularizer
+        if isinstance(drop, ClusterDrop) and drop.can_hold(table):
+            drop.set_labels(table)
+        else:
+            gathering.regularizer = self._make_drop(Clusters(table, clusters.shape))
+
+    def _no_clusters(self, shape: Shape) -> Clusters:
+        """One cluster of everything, to stand in where nothing is dropped yet."""
+        table = torch.zeros(self.scope.label_shape(shape), dtype=torch.uint8, device=self._device)
+        return Clusters(table, shape)
+
+    def _make_drop(self, clusters: Clusters) -> ClusterDrop:
+        return ClusterDrop(
+            clusters.table,
+            0.0,
+            num_clusters=max(self.grouping.clusters_for(clusters.shape), int(clusters.table.max()) + 1),
+            per_map=self.scope.per_map,
+            per_sample=self.per_sample,
+            rescale=self.rescale,
+            shift=0.618 * ranks.rank() % 1.0,
+        )

@@ -1,0 +1,139 @@
+"""Injection: run modules x -> x on the outputs of chosen layers, and leave nothing behind."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class Injection:
+    """Regularisers attached to layers by forward hooks.
+
+    A hook acts only while its layer is in training mode. It acts on every call of a layer that runs several
+    times in a forward pass. Copies and pickles of an attached model carry hooks that do nothing.
+
+    Args:
+        layers: name to layer.
+        regularizers: a module x -> x for each of these names; it is not registered in the model, so the
+            model's state_dict does not know of it.
+
+    Raises:
+        ValueError: where the names differ.
+
+    Example:
+        >>> conv = nn.Conv2d(1, 1, 1)
+        >>> with Injection({"conv": conv}, {"conv": nn.Dropout2d()}):
+        ...     len(conv._forward_hooks)
+        1
+        >>> len(conv._forward_hooks)
+        0
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], regularizers: Mapping[str, nn.Module]) -> None:
+        if set(layers) != set(regularizers):
+            raise ValueError(
+                f"regularizers={sorted(regularizers)}: must name the same layers as layers={sorted(layers)}"
+            )
+        self.layers = dict(layers)
+        self._hooks = {name: _Hook(name, layers[name], regularizers[name]) for name in layers}
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are on the layers."""
+        return bool(self._handles)
+
+    def attach(self, root: nn.Module | None = None) -> "Injection":
+        """Put the hooks on the layers; nothing happens where they are on already.
+
+        Args:
+            root: the model that holds the layers. If any part of it is compiled, Dynamo is reset, since
+                compiled code does not notice new hooks.
+
+        Returns:
+            Itself, for use in a ``with`` statement.
+        """
+        if not self.attached:
+            if root is not None and is_compiled(root):
+                torch._dynamo.reset()
+            self._handles = [
+                layer.register_forward_hook(self._hooks[name]) for name, layer in self.layers.items()
+            ]
+        return self
+
+    def detach(self) -> None:
+        """Take the hooks off; nothing happens where they are off already."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def silent(self) -> list[str]:
+        """Name the layers that have not run in training mode since they were attached.
+
+        Returns:
+            Their names, in order.
+        """
+        return [name for name, hook in self._hooks.items() if not hook.fired]
+
+    def __enter__(self) -> "Injection":
+        return self.attach()
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+
+class _Hook:
+    """A forward hook that hands the output of a layer in training mode to a regulariser."""
+
+    def __init__(self, name: str, layer: nn.Module, regularizer: nn.Module) -> None:
+        self.name, self.regularizer = name, regularizer
+        self.fired = False
+        # A conv says how many dimensions a batch has; of other layers anything with a batch will do.
+        kernel = getattr(layer, "kernel_size", None)
+        self.num_dims = len(kernel) + 2 if isinstance(kernel, tuple) else None
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        if not module.training:
+            return None
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            raise TypeError(
+                f"layers: the output of {self.name!r} ({type(module).__name__}) is {_describe(output)}; "
+                "it must be one floating-point tensor"
+            )
+        if output.ndim != (self.num_dims or max(2, output.ndim)):
+            raise ValueError(
+                f"layers: the output of {self.name!r} has shape {tuple(output.shape)}; "
+                f"it must be a batch, of {self.num_dims or 'at least 2'} dimensions"
+            )
+        self.fired = True
+        return self.regularizer(output)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _CopiedHook, ()
+
+
+class _CopiedHook:
+    """What a copy of an attached model has in place of a hook: nobody would steer or remove a live one."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        return None
+
+
+def is_compiled(root: nn.Module) -> bool:
+    """Whether ``torch.compile`` has been applied to a model or a part of it.
+
+    Args:
+        root: the model.
+
+    Returns:
+        True where a module in it is compiled, or a LightningModule was compiled before ``fit``.
+    """
+    return getattr(root, "_compiler_ctx", None) is not None or any(
+        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        for module in root.modules()
+    )
+
+
+def _describe(output: Any) -> str:
+    return f"a {output.dtype} tensor" if isinstance(output, Tensor) else f"a {type(output).__name__}"

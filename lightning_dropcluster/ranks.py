@@ -1,0 +1,70 @@
+"""The few collectives that reclustering needs; without a process group each is the identity."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """Return this process's rank, 0 without a process group."""
+    return dist.get_rank() if _is_distributed() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes, 1 without a process group."""
+    return dist.get_world_size() if _is_distributed() else 1
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Add up a tensor over all ranks, in place.
+
+    Args:
+        value: of the same shape and type on every rank, on the process group's device.
+
+    Returns:
+        ``value`` itself, now equal on every rank.
+    """
+    if _is_distributed():
+        dist.all_reduce(value)
+    return value
+
+
+def from_rank(value: Tensor, source: int) -> Tensor:
+    """Overwrite a tensor with another rank's.
+
+    Args:
+        value: of the same shape and type on every rank.
+        source: whose value counts.
+
+    Returns:
+        ``value`` itself, now equal on every rank.
+    """
+    if _is_distributed():
+        dist.broadcast(value, source)
+    return value
+
+
+def raise_together(error: BaseException | None, device: torch.device) -> None:
+    """Raise on every rank where any rank failed, so that none waits for the others for ever.
+
+    Args:
+        error: what happened here, ``None`` where all went well.
+        device: where the process group's tensors live.
+
+    Raises:
+        BaseException: ``error`` itself where there is one.
+        RuntimeError: where another rank failed.
+    """
+    failed = torch.zeros(world_size(), device=device)
+    failed[rank()] = float(error is not None)
+    culprits = sum_over_ranks(failed).nonzero().flatten().tolist()
+    if error is not None:
+        raise error
+    if culprits:
+        raise RuntimeError(
+            f"reclustering failed on rank {', '.join(map(str, culprits))}: see the error there"
+        )
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,0 +1,182 @@
+"""Reclustering: from merged sketches to new labels, with the problems shared out over ranks."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dropcluster import ranks
+from lightning_dropcluster.clustering.protocol import Clusterer, append_positions, settle
+from lightning_dropcluster.scopes import SCOPES, Shape
+from lightning_dropcluster.sketch import Sketch
+
+MAX_LAYER_CLUSTERS = 4096
+
+Work = Callable[[], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How many clusters of what: the settings that turn a layer's shape into clustering problems.
+
+    Args:
+        scope: a name of `SCOPES`.
+        num_clusters: clusters per problem, or ``None`` to go by ``cluster_size``.
+        cluster_size: mean number of items per cluster.
+        position_weight: see `append_positions`; 0 leaves positions out.
+    """
+
+    scope: str = "map"
+    num_clusters: int | None = None
+    cluster_size: float = 16.0
+    position_weight: float = 0.0
+
+    def clusters_for(self, shape: Shape) -> int:
+        """Return K for a layer.
+
+        Args:
+            shape: (C, *spatial).
+
+        Returns:
+            At least 1, at most the number of items, and at most 4,096 where the scope is the whole layer.
+        """
+        items = SCOPES[self.scope].problems(shape)[1]
+        wanted = self.num_clusters or max(1, round(items / self.cluster_size))
+        return min(wanted, items, MAX_LAYER_CLUSTERS if self.scope == "layer" else items)
+
+
+class Reclustering:
+    """Labels in the making, until the switch to them.
+
+    Args:
+        shapes: name to (C, *spatial) of the layers.
+        work: makes name to labels (B, F) int32, this rank's share of them, without any collective.
+        wait_steps: training steps until the switch.
+        in_background: whether a thread works while training goes on.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, Shape], work: Work, *, wait_steps: int, in_background: bool
+    ) -> None:
+        self.shapes, self.wait_steps = dict(shapes), wait_steps
+        self._labels = _in_background(work) if in_background else _at_once(work)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "Reclustering":
+        """Restore what `state_dict` returned.
+
+        Args:
+            state: wait_steps, shapes and labels.
+            device: where the labels go.
+
+        Returns:
+            A reclustering whose labels are ready.
+        """
+        shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
+        labels = {name: labels.to(device) for name, labels in state["labels"].items()}
+        return cls(shapes, lambda: labels, wait_steps=state["wait_steps"], in_background=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Wait for the labels and return them for a checkpoint; for a single process only.
+
+        Returns:
+            Tensors and plain scalars.
+        """
+        return {
+            "wait_steps": self.wait_steps,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "labels": {name: labels.cpu() for name, labels in self._labels.result().items()},
+        }
+
+    def result(self, device: torch.device) -> dict[str, Tensor]:
+        """Wait for the labels and exchange them between ranks; every rank must call this.
+
+        Args:
+            device: where the process group's tensors live.
+
+        Returns:
+            Name to labels (B, F) int32, equal on every rank.
+
+        Raises:
+            Exception: what the clusterer raised here.
+            RuntimeError: where another rank failed.
+        """
+        ranks.raise_together(self._labels.exception(), device)
+        return {name: ranks.sum_over_ranks(labels) for name, labels in self._labels.result().items()}
+
+    def abandon(self) -> None:
+        """Wait for a working thread, if any, and forget its labels."""
+        self._labels.exception()
+
+
+def cluster_share(
+    sketches: Mapping[str, Sketch],
+    old_tables: Mapping[str, Tensor],
+    clusterer: Clusterer,
+    grouping: Grouping,
+) -> dict[str, Tensor]:
+    """Cluster this rank's share of the problems, without any collective.
+
+    Args:
+        sketches: name to merged sketch.
+        old_tables: name to the label table in use, for a warm start, where there is one of the same shape.
+        clusterer: who clusters.
+        grouping: how many clusters.
+
+    Returns:
+        Name to labels (B, F) int32; problems of other ranks are 0.
+    """
+    shares = {}
+    for position, (name, sketch) in enumerate(sketches.items()):
+        problems, items = sketch.scope.problems(sketch.shape)
+        shares[name] = torch.zeros(problems, items, dtype=torch.int32, device=sketch.moments.device)
+        mine = _my_block(problems, position)
+        if mine.stop > mine.start:
+            old = old_tables[name].reshape(problems, items)[mine] if name in old_tables else None
+            try:
+                shares[name][mine] = _cluster(sketch, mine, old, clusterer, grouping)
+            except Exception as error:
+                error.add_note(f"while reclustering layer {name!r}")
+                raise
+    return shares
+
+
+def _cluster(
+    sketch: Sketch, block: slice, old: Tensor | None, clusterer: Clusterer, grouping: Grouping
+) -> Tensor:
+    """Cluster a block of one layer's problems: settled labels (B, F) int32."""
+    grid = sketch.scope.grid(sketch.shape)
+    profiles = points = sketch.profiles()[block]
+    if grouping.position_weight > 0.0 and grid:
+        points = append_positions(profiles, grid, grouping.position_weight)
+    count = grouping.clusters_for(sketch.shape)
+    if old is not None:
+        old = old.long().clamp(max=count - 1)
+    labels = clusterer.fit(points, count, init_labels=old, grid=grid)
+    return settle(labels, profiles, count, grid).int()
+
+
+def _my_block(problems: int, position: int) -> slice:
+    """Deal the problems of the layer at ``position`` out in equal blocks, starting with another rank each."""
+    size = ranks.world_size()
+    turn = (ranks.rank() - position) % size
+    return slice(problems * turn // size, problems * (turn + 1) // size)
+
+
+def _at_once(work: Work) -> "Future[dict[str, Tensor]]":
+    future: Future[dict[str, Tensor]] = Future()
+    try:
+        future.set_result(work())
+    except Exception as error:  # kept until all ranks can raise together
+        future.set_exception(error)
+    return future
+
+
+def _in_background(work: Work) -> "Future[dict[str, Tensor]]":
+    pool = ThreadPoolExecutor(1, "dropcluster")
+    future = pool.submit(work)
+    pool.shutdown(wait=False)
+    return future

@@ -1,0 +1,82 @@
+"""Checking a callback's state: a checkpoint is input like any other."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_dropcluster.clusters import Clusters, check_shape, clusters_from_state
+from lightning_dropcluster.scopes import SCOPES
+
+_ENTRIES = ("scope", "progress", "clusters", "shapes", "windows_opened", "window", "reclustering")
+_PROGRESS = ("origin", "start_fraction", "passed")
+
+
+def read_state(state: Any, scope: str) -> dict[str, Clusters]:
+    """Check a whole state and unpack the clusters in it.
+
+    Args:
+        state: what ``DropCluster.state_dict`` returned, perhaps long ago, perhaps somewhere else.
+        scope: of the callback that loads it.
+
+    Returns:
+        Name to clusters.
+
+    Raises:
+        TypeError: where an entry has a wrong type.
+        ValueError: where an entry is missing or out of its range.
+    """
+    _require_entries("state_dict", state, _ENTRIES)
+    if state["scope"] != scope:
+        raise ValueError(f"state_dict: it was written with scope={state['scope']!r}, not scope={scope!r}")
+    _require_entries("state_dict['progress']", state["progress"], _PROGRESS)
+    origin = state["progress"]["origin"]
+    counts = {"passed": state["progress"]["passed"], "windows_opened": state["windows_opened"]}
+    if origin is not None:
+        counts["origin"] = origin
+    for name, count in counts.items():
+        if type(count) is not int or count < 0:
+            raise ValueError(f"state_dict: {name}={count!r} must be an integer of at least 0")
+    fraction = state["progress"]["start_fraction"]
+    if not isinstance(fraction, int | float) or not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"state_dict: start_fraction={fraction!r} must be a number in [0, 1]")
+    _require_mapping("state_dict['clusters']", state["clusters"])
+    _require_mapping("state_dict['shapes']", state["shapes"])
+    for name, shape in state["shapes"].items():
+        check_shape(shape, f"state_dict['shapes'][{name!r}]")
+    _check_window(state["window"])
+    _check_reclustering(state["reclustering"])
+    return {
+        str(name): clusters_from_state(entry, SCOPES[scope], str(name))
+        for name, entry in state["clusters"].items()
+    }
+
+
+def _check_window(window: Any) -> None:
+    if window is not None:
+        _require_mapping("state_dict['window']", window)
+        for name, sketch in window.items():
+            _require_entries(f"state_dict['window'][{name!r}]", sketch, ("shape", "moments", "count"))
+            check_shape(sketch["shape"], f"state_dict['window'][{name!r}]['shape']")
+
+
+def _check_reclustering(reclustering: Any) -> None:
+    if reclustering is not None:
+        _require_entries("state_dict['reclustering']", reclustering, ("wait_steps", "shapes", "labels"))
+        for name, labels in reclustering["labels"].items():
+            if not isinstance(labels, Tensor) or labels.ndim != 2 or name not in reclustering["shapes"]:
+                raise ValueError(
+                    f"state_dict['reclustering']: labels of layer {name!r} must be (B, F) integers"
+                )
+
+
+def _require_entries(what: str, value: Any, entries: tuple[str, ...]) -> None:
+    _require_mapping(what, value)
+    missing = [entry for entry in entries if entry not in value]
+    if missing:
+        raise ValueError(f"{what}: {', '.join(missing)} missing; it was not written by DropCluster")
+
+
+def _require_mapping(what: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{what}: must be a mapping, not {type(value).__name__}")

@@ -1,0 +1,179 @@
+"""The gathering window: one sketch per layer, filled from the ordinary training batches."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lightning_dropcluster import ranks
+from lightning_dropcluster.regularizers import Gathering
+from lightning_dropcluster.scopes import Scope
+from lightning_dropcluster.sketch import Sketch
+
+
+class GatheringWindow:
+    """An open window over some layers.
+
+    Args:
+        gatherings: name to the module that the layer's hook calls.
+        scope: what is grouped.
+        number: of the window, from 0.
+        num_samples: samples to gather, over all ranks; each rank gathers its share.
+        sketch_dim: columns of the sketches.
+        seed: of the sketches' signs.
+        device: where the model is.
+    """
+
+    def __init__(
+        self,
+        gatherings: Mapping[str, Gathering],
+        *,
+        scope: Scope,
+        number: int,
+        num_samples: int,
+        sketch_dim: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.gatherings, self.scope, self.number = gatherings, scope, number
+        self.num_samples, self.sketch_dim, self.seed, self.device = num_samples, sketch_dim, seed, device
+
+    @property
+    def has_changed_size(self) -> bool:
+        """Whether a layer's maps have another size now than its sketch."""
+        return any(_changed_size(gathering) for gathering in self.gatherings.values())
+
+    def arm(self) -> None:
+        """Prepare for a step: layers whose shape is known by now get a sketch."""
+        for gathering in self.gatherings.values():
+            if gathering.sketch is None and gathering.shape is not None:
+                gathering.sketch = self._make_sketch(gathering.shape)
+
+    def is_full(self) -> bool:
+        """Count the samples; every rank must ask alike, since this is a collective.
+
+        Returns:
+            True once ``num_samples`` were seen over all ranks, by the layer that saw most.
+        """
+        for gathering in self.gatherings.values():
+            if gathering.sketch is not None and _changed_size(gathering) and not gathering.sketch.count:
+                gathering.sketch = None  # made for another size than the window's first batch has
+        counts = [g.sketch.count for g in self.gatherings.values() if g.sketch is not None]
+        nothing = torch.zeros((), dtype=torch.int64, device=self.device)
+        seen = torch.stack(counts).max() if counts else nothing
+        return int(ranks.sum_over_ranks(seen)) >= self.num_samples
+
+    def close(self) -> dict[str, Sketch]:
+        """Take the sketches out of the hooks.
+
+        Returns:
+            Name to sketch, of the layers that have one.
+        """
+        sketches = {name: g.sketch for name, g in self.gatherings.items() if g.sketch is not None}
+        for gathering in self.gatherings.values():
+            gathering.sketch = None
+        return sketches
+
+    def merge(self) -> dict[str, Sketch]:
+        """Close the window and add the sketches up over ranks; every rank must call this.
+
+        Returns:
+            Name to merged sketch, equal on every rank, of the layers that can be clustered. A warning names
+            each of the others.
+        """
+        sketches, merged = self.close(), {}
+        for name in self._gathered_alike(sketches):
+            merge_over_ranks(sketches[name])
+            if sketches[name].is_finite():
+                merged[name] = sketches[name]
+            else:
+                _warn(f"activations of layer {name!r} were NaN, infinite or huge; its old labels stay")
+        return merged
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sketches for a checkpoint.
+
+        Returns:
+            Name to tensors and shape; empty with several ranks, where an open window starts again on resume.
+        """
+        if ranks.world_size() > 1:
+            return {}
+        return {
+            name: {"shape": list(g.sketch.shape), **{k: v.cpu() for k, v in g.sketch.state_dict().items()}}
+            for name, g in self.gatherings.items()
+            if g.sketch is not None
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Go on with the sketches of a checkpoint; those that do not fit the settings start again.
+
+        Args:
+            state: what `state_dict` returned.
+        """
+        for name, entry in state.items():
+            if name not in self.gatherings or ranks.world_size() > 1:
+                continue
+            sketch = self._make_sketch(tuple(entry["shape"]))
+            tensors = {key: value for key, value in entry.items() if key != "shape"}
+            try:
+                sketch.load_state_dict(tensors)
+            except RuntimeError:
+                _warn(f"the open sketch of layer {name!r} was made with other settings and starts again")
+                continue
+            self.gatherings[name].sketch = sketch
+
+    def _make_sketch(self, shape: tuple[int, ...]) -> Sketch:
+        size = ranks.world_size()
+        return Sketch(
+            shape,
+            scope=self.scope.name,
+            num_samples=-(-self.num_samples // size),
+            sketch_dim=self.sketch_dim,
+            seed=self.seed,
+            window=self.number,
+            rank=ranks.rank(),
+            world_size=size,
+            device=self.device,
+        )
+
+    def _gathered_alike(self, sketches: Mapping[str, Sketch]) -> list[str]:
+        """Name the layers that have a sketch of the same shape on every rank."""
+        names = list(self.gatherings)
+        mine = torch.zeros(len(names), 8, dtype=torch.int64)
+        for row, name in zip(mine, names, strict=True):
+            if name in sketches:
+                shape = sketches[name].shape
+                row[: len(shape)] = torch.tensor(shape)
+        table = torch.zeros(ranks.world_size(), *mine.shape, dtype=torch.int64, device=self.device)
+        table[ranks.rank()] = mine
+        table = ranks.sum_over_ranks(table).cpu()
+        alike = (table == table[:1]).flatten(2).all(2).all(0) & (table[0, :, 0] > 0)
+        for name in (name for name, same in zip(names, alike, strict=True) if not same):
+            _warn(f"layer {name!r} was not gathered, or not alike on all ranks; its old labels stay")
+        return [name for name, same in zip(names, alike, strict=True) if same]
+
+
+def merge_over_ranks(sketch: Sketch) -> None:
+    """Add up a sketch over all ranks, in place; every rank must call this for the same layers in order.
+
+    Args:
+        sketch: this rank's; afterwards it is equal on every rank.
+    """
+    counts = torch.zeros(ranks.world_size(), dtype=torch.int64, device=sketch.count.device)
+    counts[ranks.rank()] = sketch.count
+    filled = ranks.sum_over_ranks(counts).nonzero().flatten()
+    if len(counts) == 1 or not len(filled):
+        return
+    sketch.rebase(ranks.from_rank(sketch.origin.clone(), int(filled[0])))
+    for name in ("moments", "squares", "column_sums", "count"):
+        ranks.sum_over_ranks(getattr(sketch, name))
+
+
+def _changed_size(gathering: Gathering) -> bool:
+    return gathering.sketch is not None and gathering.sketch.shape != gathering.shape
+
+
+def _warn(message: str) -> None:
+    if ranks.rank() == 0:
+        warnings.warn(f"DropCluster: {message}", stacklevel=2)
