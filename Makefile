@@ -5,6 +5,9 @@ BIN := .venv/bin
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
+# Else threads of torch and FAISS that have nothing to do spin, and take the cores from those that have.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 
 .PHONY: help

@@ -1,6 +1,7 @@
 """The callback: when things happen. The only file that imports Lightning."""
 
 import importlib
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from lightning_dropcluster import ranks
 from lightning_dropcluster.checks import check_bool, check_choice, check_not_both, check_number
 from lightning_dropcluster.clustered_layers import ClusteredLayers, Report
-from lightning_dropcluster.clustering import Clusterer, FaissKMeans
+from lightning_dropcluster.clustering import Clusterer, FaissKMeans, TorchKMeans
 from lightning_dropcluster.clusters import Clusters, read_initial_labels
 from lightning_dropcluster.layers import check_layer_types, check_patterns, select_layers
 from lightning_dropcluster.progress import Progress, TrainingPosition
@@ -151,7 +152,7 @@ class DropCluster(_Base):
             self._first_clusters = read_initial_labels(initial_labels, SCOPES[scope])
         self._layers = ClusteredLayers(
             Grouping(scope, num_clusters, cluster_size or 16.0, position_weight),
-            clusterer if clusterer is not None else FaissKMeans(seed=seed),
+            clusterer if clusterer is not None else _default_clusterer(seed),
             num_samples=num_samples,
             sketch_dim=sketch_dim,
             seed=seed,
@@ -214,6 +215,8 @@ class DropCluster(_Base):
     ) -> None:
         """Open a window where one is due, and set the drop probability of the step."""
         share, is_due = self._progress.advance(_position(trainer, batch_idx))
+        if _only_updates_statistics(trainer):
+            share, is_due = 0.0, False
         if is_due:
             self._layers.open_window()
             self._warn_of_eval_mode()
@@ -312,6 +315,16 @@ class DropCluster(_Base):
                 "dropped or gathered there; call .train() on them",
                 stacklevel=2,
             )
+
+
+def _default_clusterer(seed: int) -> Clusterer:
+    """FAISS, but for macOS, where its OpenMP and torch's abort the process when both run."""
+    return TorchKMeans(seed=seed) if sys.platform == "darwin" else FaissKMeans(seed=seed)
+
+
+def _only_updates_statistics(trainer: "Trainer") -> bool:
+    """Whether this is the epoch in which weight averaging trains nothing but BatchNorm's averages."""
+    return bool(getattr(trainer.fit_loop, "_skip_backward", False))
 
 
 def _position(trainer: "Trainer", batch_idx: int) -> TrainingPosition:

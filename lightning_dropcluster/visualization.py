@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_dropcluster.checks import check_number
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -38,7 +40,8 @@ def cluster_colors(num_clusters: int) -> Tensor:
         (K, 3) float tensor of red, green and blue in [0, 1], no two alike, also when stored in 8 bits.
 
     Raises:
-        ValueError: if `num_clusters` is not an integer of at least 1.
+        TypeError: if `num_clusters` is no integer.
+        ValueError: if it is below 1.
 
     References:
         Distances are taken in Oklab (Ottosson 2020); the greedy choice is that of Glasbey et al. 2007.
@@ -47,7 +50,7 @@ def cluster_colors(num_clusters: int) -> Tensor:
         >>> cluster_colors(3).shape
         torch.Size([3, 3])
     """
-    _check_count("num_clusters", num_clusters)
+    check_number("num_clusters", num_clusters, 1, integer=True)
     levels = max(24, math.ceil((2.5 * num_clusters) ** (1 / 3)))
     return _palette(levels)[:num_clusters].clone()
 
@@ -72,13 +75,13 @@ def plot_clusters(
 
     Raises:
         ImportError: if matplotlib is missing.
-        TypeError: if `labels` is no tensor.
-        ValueError: if `labels` has another type or shape, or a count is below 1.
+        TypeError: if `labels` is no integer tensor, or a count is no integer.
+        ValueError: if `labels` has another shape, or a count is below 1.
     """
     _check_labels(labels)
-    _check_count("max_maps", max_maps)
+    check_number("max_maps", max_maps, 1, integer=True)
     if columns is not None:
-        _check_count("columns", columns)
+        check_number("columns", columns, 1, integer=True)
     figure = _new_figure()
     images = _shown(labels.detach().cpu()[:max_maps].long())
     columns = min(columns or _default_columns(labels), len(images))
@@ -177,20 +180,13 @@ def _panel_inches(labels: Tensor) -> tuple[float, float]:
 
 def _check_labels(labels: Any) -> None:
     if not isinstance(labels, Tensor):
-        raise TypeError(
-            f"labels must be an integer tensor of shape (C, *spatial), got {type(labels).__name__}"
-        )
+        raise TypeError(f"labels: must be an integer tensor (C, *spatial), not {type(labels).__name__}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels must be an integer tensor, got {labels.dtype}")
+        raise TypeError(f"labels: must be an integer tensor, not {labels.dtype}")
     if labels.ndim not in (2, 3, 4) or labels.numel() == 0:
         raise ValueError(
-            f"labels must have shape (C, *spatial) with 1 to 3 spatial axes, got {tuple(labels.shape)}"
+            f"labels of shape {tuple(labels.shape)}: must be (C, *spatial) with 1 to 3 spatial axes"
         )
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def _new_figure() -> Figure:

@@ -1,0 +1,24 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # the benchmarks are scripts that import one another, not a package
+
+
+@pytest.fixture
+def jpeg_tree(tmp_path):
+    """CIFAR-10's layout in small: 3 classes of 6 training and 2 test images, 8 x 8 pixels."""
+    generator = torch.Generator().manual_seed(0)
+    root = tmp_path / "images"
+    for split, count in (("train", 6), ("test", 2)):
+        for name in ("cat", "airplane", "ship"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.randint(256, (8, 8, 3), dtype=torch.uint8, generator=generator)
+                Image.fromarray(pixels.numpy()).save(folder / f"{index:04d}.jpg")
+    return root

@@ -1,0 +1,189 @@
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from demo import Demo
+from demo import main as demo_main
+from record import commit, device_name, parse, quiet, write_line
+from train import Settings, build_batches, build_model, run
+
+TRAIN = Path(__file__).resolve().parents[2] / "benchmarks" / "train.py"
+TINY = Settings(model="test_resnet.r160_in1k", data="fake", epochs=1, batch_size=16, progress_bar=False)
+DROP = replace(TINY, regularizer="dropcluster", stem="cifar", start=0, num_samples=32)
+KEYS = {
+    "accuracy",
+    "nll",
+    "ece",
+    "seconds",
+    "recluster_seconds",
+    "versions",
+    "commit",
+    "device",
+    "arguments",
+}
+
+
+def scores(record):
+    return [record[name] for name in ("accuracy", "nll", "ece")]
+
+
+def test_the_last_line_of_the_script_is_the_record(tmp_path):
+    out = tmp_path / "results" / "runs.jsonl"
+    words = [
+        "--data",
+        "fake",
+        "--model",
+        TINY.model,
+        "--epochs",
+        "1",
+        "--batch-size",
+        "16",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run([sys.executable, str(TRAIN), *words], capture_output=True, text=True, check=True)
+    (line,) = done.stdout.splitlines()
+    record = json.loads(line)
+    assert set(record) == KEYS
+    assert 0 <= record["accuracy"] <= 1
+    assert record["arguments"]["model"] == TINY.model
+    assert record["arguments"]["out"] == "runs.jsonl"
+    assert record["versions"]["torch"] == torch.__version__
+    assert out.read_text() == line + "\n"
+    assert str(tmp_path) not in line
+
+
+def test_runs_repeat_for_a_seed(capsys):
+    first = run(TINY)
+    assert scores(first) == scores(run(TINY))
+    assert scores(first) != scores(run(replace(TINY, seed=1)))
+    assert first["recluster_seconds"] == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_dropcluster_runs_and_is_drawn(tmp_path):
+    plot = tmp_path / "new" / "clusters.png"
+    record = run(replace(DROP, plot=str(plot), augment=True))
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert record["recluster_seconds"] > 0
+    assert record["arguments"]["plot"] == "clusters.png"
+
+
+def test_no_plot_without_clusters(tmp_path):
+    plot = tmp_path / "clusters.png"
+    with pytest.warns(UserWarning, match=r"no plot.* num_samples=9999"):
+        run(replace(DROP, plot=str(plot), num_samples=9999))
+    assert not plot.exists()
+
+
+def test_cifar_folder_trains(jpeg_tree):
+    settings = replace(TINY, data="cifar10", data_dir=str(jpeg_tree), train_samples=9, batch_size=4)
+    assert build_batches(settings).data.train.labels.bincount().tolist() == [3, 3, 3]
+    record = run(settings)
+    assert record["arguments"]["data_dir"] == jpeg_tree.name
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "test_resnet.r160_in1k"])
+def test_the_cifar_stem_keeps_the_resolution(name):
+    model = build_model(name, "cifar", 10)
+    seen = []
+    model.layer1.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-2:]))
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    assert seen == [(32, 32)]
+
+
+def test_unfit_models():
+    with pytest.raises(
+        ValueError, match=r"stem='cifar' needs a ResNet with conv1 and maxpool, got model='test_vit'"
+    ):
+        build_model("test_vit", "cifar", 10)
+    with pytest.raises(
+        ValueError, match=r"model must be a name that timm knows, got 'resnet19'; nearest: .*resnet18"
+    ):
+        build_model("resnet19", "timm", 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, r"epochs must be at least 1, got 0"),
+        ({"lr": 0.0}, r"lr must be above 0, got 0\.0"),
+        ({"lr": float("nan")}, r"lr must be above 0, got nan"),
+        ({"plot": "clusters.png"}, r"plot must be None unless regularizer is 'dropcluster'"),
+    ],
+)
+def test_bad_settings(change, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**change)
+
+
+def test_the_command_line_spells_every_setting():
+    words = ["--layers", "layer[12].*.conv2", "--train-samples", "100", "--start", "3", "--no-progress-bar"]
+    settings = parse(Settings, None, words)
+    assert settings.layers == "layer[12].*.conv2"
+    assert settings.train_samples == 100
+    assert settings.start == 3
+    assert isinstance(settings.start, int)
+    assert settings.progress_bar is False
+    assert parse(Settings, None, ["--layers", "[conv1, layer1.0.conv1]"]).layers == [
+        "conv1",
+        "layer1.0.conv1",
+    ]
+    assert parse(Settings, None, ["--start", "0.5"]).start == 0.5
+
+
+def test_the_command_line_refuses_what_it_does_not_know(capsys):
+    with pytest.raises(SystemExit):
+        parse(Settings, None, ["--regularizer", "dropblock"])
+    assert "dropcluster" in capsys.readouterr().err
+
+
+def test_commit_marks_changed_code(tmp_path):
+    def git(*words):
+        names = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *names, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    assert commit(tmp_path) is None
+    code = tmp_path / "lightning_dropcluster" / "code.py"
+    code.parent.mkdir()
+    code.write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    (tmp_path / "results.jsonl").write_text("{}")
+    clean = commit(tmp_path)
+    assert clean is not None
+    assert len(clean) == 40
+    code.write_text("2")
+    assert commit(tmp_path) == clean + "-dirty"
+
+
+def test_device_name_tells_the_kind_only():
+    assert device_name().startswith("cpu, ") or torch.accelerator.is_available()
+
+
+def test_quiet_sends_prints_elsewhere_and_ends(capsys):
+    with quiet():
+        print("hint")
+    print("result")
+    assert capsys.readouterr() == ("result\n", "hint\n")
+
+
+def test_records_are_appended(tmp_path, capsys):
+    out = tmp_path / "a" / "b.jsonl"
+    write_line({"x": 1}, str(out))
+    write_line({"x": 2}, str(out))
+    assert out.read_text() == '{"x": 1}\n{"x": 2}\n' == capsys.readouterr().out
+
+
+def test_demo_announces_compares_and_draws(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    demo_main(Demo(epochs=3, progress_bar=False))
+    out = capsys.readouterr().out
+    assert out.index("Both are scored once") < out.index("accuracy")
+    assert out.splitlines()[-1] == "Clusters of conv1: demo/clusters.png"
+    assert (tmp_path / "demo" / "clusters.png").read_bytes().startswith(b"\x89PNG")

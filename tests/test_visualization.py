@@ -1,0 +1,158 @@
+import io
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_dropcluster.visualization import cluster_colors, plot_clusters
+
+
+def panels(figure):
+    """The (H, W, 3) colours of every panel that shows a map."""
+    return [np.asarray(axes.images[0].get_array()) for axes in figure.axes if axes.images]
+
+
+def num_colors(pixels):
+    return len(np.unique(pixels.reshape(-1, 3), axis=0))
+
+
+def png(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+@given(st.integers(1, 1500))
+def test_colors_are_distinct_in_8_bits(num_clusters):
+    colors = cluster_colors(num_clusters)
+    assert colors.shape == (num_clusters, 3)
+    assert ((colors >= 0) & (colors <= 1)).all()
+    assert len((colors * 255).round().unique(dim=0)) == num_clusters
+
+
+@pytest.mark.parametrize("num_clusters", [4096, 12_544])
+def test_colors_are_distinct_for_very_many_clusters(num_clusters):
+    assert len((cluster_colors(num_clusters) * 255).round().unique(dim=0)) == num_clusters
+
+
+@pytest.mark.parametrize(("num_clusters", "least"), [(8, 0.4), (64, 0.12), (200, 0.07)])
+def test_colors_are_clearly_different(num_clusters, least):
+    colors = cluster_colors(num_clusters)
+    assert torch.nn.functional.pdist(colors).min() > least
+
+
+def test_colors_stay_when_more_are_asked_for():
+    assert torch.equal(cluster_colors(4096)[:20], cluster_colors(20))
+
+
+def test_colors_are_the_callers_own():
+    cluster_colors(3).zero_()
+    assert cluster_colors(3).any()
+
+
+@pytest.mark.parametrize("num_clusters", [0, -1, 2.0, True, "3"])
+def test_colors_refuse_bad_counts(num_clusters):
+    with pytest.raises((TypeError, ValueError), match=r"num_clusters=.*: must be an integer of at least 1"):
+        cluster_colors(num_clusters)
+
+
+@pytest.mark.parametrize("shape", [(3, 20), (3, 6, 7), (3, 4, 6, 7), (1, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_a_panel_has_as_many_colors_as_clusters(shape, dtype):
+    labels = torch.randint(0, 6, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    shown = labels if labels.ndim < 4 else labels[:, labels.shape[1] // 2]
+    figure = plot_clusters(labels)
+    assert [num_colors(pixels) for pixels in panels(figure)] == [len(one.unique()) for one in shown]
+    assert png(figure).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("num_clusters", [1, 64, 200, 1024])
+def test_every_cluster_of_a_map_is_seen(num_clusters):
+    labels = torch.arange(1024).reshape(1, 32, 32) % num_clusters
+    assert num_colors(panels(plot_clusters(labels))[0]) == num_clusters
+
+
+def test_one_label_has_one_color_in_all_maps():
+    labels = torch.tensor([[[0, 70], [900, 70]], [[900, 0], [70, 70]]])
+    first, second = panels(plot_clusters(labels))
+    assert (first[0, 0] == second[0, 1]).all()
+    assert (first[0, 1] == second[1, 0]).all()
+    assert (first[1, 0] == second[0, 0]).all()
+
+
+def test_strips_and_slices_keep_their_layout():
+    strip = torch.tensor([[0, 0, 1]])
+    assert panels(plot_clusters(strip))[0].shape == (1, 3, 3)
+    volume = torch.stack([torch.full((5, 6), depth) for depth in range(3)])[None]
+    assert num_colors(panels(plot_clusters(volume))[0]) == 1
+
+
+def test_borders_run_between_clusters_and_nowhere_else():
+    def borders(labels):
+        collections = plot_clusters(labels).axes[0].collections
+        return sum(len(lines.get_segments()) for lines in collections)
+
+    assert borders(torch.zeros(1, 4, 4, dtype=torch.long)) == 0
+    assert borders(torch.tensor([[[0, 0, 1], [0, 0, 1]]])) == 2
+    assert borders(torch.arange(65 * 65).reshape(1, 65, 65)) == 0
+
+
+def test_titles_say_what_is_shown():
+    labels = torch.zeros(5, 3, 4, dtype=torch.long)
+    labels[0, 0, 0] = 7
+    figure = plot_clusters(labels, title="model.conv1", max_maps=2)
+    assert [axes.get_title() for axes in figure.axes] == ["map 0 · 2 clusters", "map 1 · 1 cluster"]
+    assert figure.get_suptitle() == (
+        "model.conv1\n5 feature maps of 3 × 4 (first 2 shown), 1 to 2 clusters in each"
+    )
+    assert plot_clusters(labels[1:2]).get_suptitle() == "1 feature map of 3 × 4, 1 cluster in each"
+    assert "slice 1 shown" in plot_clusters(labels[:, None].repeat(1, 2, 1, 1)).get_suptitle()
+
+
+@pytest.mark.parametrize(("columns", "layout"), [(None, (3, 3)), (4, (2, 4)), (100, (1, 7))])
+def test_columns_set_the_layout(columns, layout):
+    figure = plot_clusters(torch.zeros(7, 2, 2, dtype=torch.long), columns=columns)
+    grid = figure.axes[0].get_gridspec()
+    assert (grid.nrows, grid.ncols) == layout
+    assert len(panels(figure)) == 7
+    assert not any(axes.axison for axes in figure.axes if not axes.images)
+
+
+def test_labels_are_left_alone_and_pyplot_unused():
+    labels = torch.randint(0, 5, (2, 4, 4), dtype=torch.int16)
+    before = labels.clone()
+    plot_clusters(labels)
+    assert torch.equal(labels, before)
+    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        ([[0, 1]], TypeError, r"labels: must be an integer tensor \(C, \*spatial\), not list"),
+        (torch.zeros(2, 3, 3), TypeError, r"labels: must be an integer tensor, not torch\.float32"),
+        (torch.zeros(2, 3).bool(), TypeError, r"labels: must be an integer tensor, not torch\.bool"),
+        (torch.zeros(3).long(), ValueError, r"labels of shape \(3,\): must be \(C, \*spatial\)"),
+        (torch.zeros(1, 1, 1, 1, 1).long(), ValueError, r"labels of shape \(1, 1, 1, 1, 1\): must be"),
+        (torch.zeros(0, 3, 3).long(), ValueError, r"labels of shape \(0, 3, 3\): must be"),
+    ],
+)
+def test_bad_labels(labels, error, message):
+    with pytest.raises(error, match=message):
+        plot_clusters(labels)
+
+
+@pytest.mark.parametrize("name", ["max_maps", "columns"])
+@pytest.mark.parametrize("value", [0, -3, 1.5, "2", True])
+def test_bad_counts(name, value):
+    with pytest.raises((TypeError, ValueError), match=rf"{name}=.*: must be an integer of at least 1"):
+        plot_clusters(torch.zeros(1, 2, 2, dtype=torch.long), **{name: value})
+
+
+def test_missing_matplotlib_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install lightning-dropcluster\[plot\]"):
+        plot_clusters(torch.zeros(1, 2, 2, dtype=torch.long))
