@@ -82,7 +82,8 @@ class DropCluster(_Base):
         overlap_steps: above 0, cluster in the background and switch to the labels that many steps later.
         layer_types: the module types that patterns may pick; conv layers where it is ``None``.
         initial_labels: labels to start from, as ``labels`` gives them, or the path of a checkpoint of an
-            earlier run. They take the place of the first clustering.
+            earlier run. Where they are there for every chosen layer they take the place of the first
+            clustering.
         seed: of the sketch and the clustering; the draw of what is dropped uses torch's generator.
 
     Raises:
@@ -120,30 +121,30 @@ class DropCluster(_Base):
         super().__init__()
         check_patterns(layers)
         check_layer_types(layer_types)
-        check_number("drop_prob", drop_prob, 0, 1, high_open=True)
+        drop_prob = check_number("drop_prob", drop_prob, 0, 1, high_open=True)
         check_not_both("num_clusters", num_clusters, "cluster_size", cluster_size)
         check_choice("scope", scope, SCOPES)
         if num_clusters is not None:
             most = MAX_LAYER_CLUSTERS if scope == "layer" else 2**31 - 1
-            check_number("num_clusters", num_clusters, 1, most, integer=True)
+            num_clusters = check_number("num_clusters", num_clusters, 1, most, integer=True)
         if cluster_size is not None:
-            check_number("cluster_size", cluster_size, 1)
+            cluster_size = check_number("cluster_size", cluster_size, 1)
         check_not_both("every_n_epochs", every_n_epochs, "every_n_train_steps", every_n_train_steps)
         if every_n_epochs is not None:
-            check_number("every_n_epochs", every_n_epochs, 0, integer=True)
+            every_n_epochs = check_number("every_n_epochs", every_n_epochs, 0, integer=True)
         if every_n_train_steps is not None:
-            check_number("every_n_train_steps", every_n_train_steps, 0, integer=True)
-        check_number("num_samples", num_samples, 1, integer=True)
-        check_number("sketch_dim", sketch_dim, 1, integer=True)
+            every_n_train_steps = check_number("every_n_train_steps", every_n_train_steps, 0, integer=True)
+        num_samples = check_number("num_samples", num_samples, 1, integer=True)
+        sketch_dim = check_number("sketch_dim", sketch_dim, 1, integer=True)
         if clusterer is not None and not callable(getattr(clusterer, "fit", None)):
             raise TypeError(
                 f"clusterer={clusterer!r}: must have a method fit(profiles, num_clusters, init_labels, grid)"
             )
         check_bool("per_sample", per_sample)
         check_choice("rescale", rescale, RESCALES)
-        check_number("position_weight", position_weight, 0)
-        check_number("overlap_steps", overlap_steps, 0, integer=True)
-        check_number("seed", seed, 0, integer=True)
+        position_weight = check_number("position_weight", position_weight, 0)
+        overlap_steps = check_number("overlap_steps", overlap_steps, 0, integer=True)
+        seed = check_number("seed", seed, 0, integer=True)
 
         self.layers, self.layer_types, self.drop_prob, self.scope = layers, layer_types, drop_prob, scope
         self._progress = Progress(start, make_schedule(schedule), every_n_epochs, every_n_train_steps)
@@ -200,13 +201,12 @@ class DropCluster(_Base):
             trainer.max_epochs, trainer.max_steps, is_trial=bool(getattr(trainer, "fast_dev_run", False))
         )
         self._layers.check_clusterer()
-        self._check_names(modules)
-        others = [c for c in trainer.callbacks if isinstance(c, DropCluster)]  # pyright: ignore
-        position = others.index(self) if self in others else 0
-        self._log_prefix = f"dropcluster-{position}" if position else "dropcluster"
+        self._check_initial_labels(modules)
+        self._meet_others(trainer, modules)
         if self._loaded is None and trainer.global_step == 0:
-            self._layers.reset(self._first_clusters)
-            self._progress.reset(has_labels=bool(self._first_clusters))
+            first = {name: c for name, c in self._first_clusters.items() if name in modules}
+            self._layers.reset(first)
+            self._progress.reset(has_labels=len(first) == len(modules))
         self._layers.attach(pl_module, modules, pl_module.device)
         self._apply_loaded()
 
@@ -299,13 +299,27 @@ class DropCluster(_Base):
         if metrics:
             pl_module.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
-    def _check_names(self, modules: Mapping[str, nn.Module]) -> None:
-        unknown = self._first_clusters.keys() - modules.keys()
-        if unknown:
+    def _check_initial_labels(self, modules: Mapping[str, nn.Module]) -> None:
+        if self._first_clusters and not self._first_clusters.keys() & modules.keys():
             raise ValueError(
-                f"initial_labels: {', '.join(sorted(map(repr, unknown)))} are not among the chosen layers "
-                f"({', '.join(modules)})"
+                f"initial_labels: has labels of {', '.join(map(repr, self._first_clusters))}, but of none of "
+                f"the chosen layers ({', '.join(modules)})"
             )
+
+    def _meet_others(self, trainer: "Trainer", modules: Mapping[str, nn.Module]) -> None:
+        """Log under a name of its own, and share no layer with another DropCluster of the Trainer."""
+        every: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+        position = 0
+        for other in every[: every.index(self)]:
+            if isinstance(other, DropCluster):
+                position += 1
+                shared = modules.keys() & other._layers.names
+                if shared:
+                    raise ValueError(
+                        f"layers={self.layers!r}: {', '.join(sorted(shared))} belong to another DropCluster "
+                        f"of this Trainer (layers={other.layers!r})"
+                    )
+        self._log_prefix = f"dropcluster-{position}" if position else "dropcluster"
 
     def _warn_of_eval_mode(self) -> None:
         idle = self._layers.in_eval_mode()

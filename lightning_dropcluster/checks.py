@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -13,8 +14,7 @@ def check_number(
     *,
     integer: bool = False,
     high_open: bool = False,
-    low_open: bool = False,
-) -> None:
+) -> Any:
     """Check that a value is a number in a range.
 
     Args:
@@ -24,7 +24,9 @@ def check_number(
         high: largest value allowed.
         integer: whether it must be an integer.
         high_open: whether ``high`` itself is not allowed.
-        low_open: whether ``low`` itself is not allowed.
+
+    Returns:
+        The value as Python's own int or float, whatever library's it was.
 
     Raises:
         TypeError: where the value is no number of the kind wanted.
@@ -37,15 +39,17 @@ def check_number(
     """
     kind = "an integer" if integer else "a number"
     if math.isinf(high):
-        rule = f"must be {kind} {'above' if low_open else 'of at least'} {low}"
+        rule = f"must be {kind} of at least {low}"
     else:
-        rule = f"must be {kind} in {'(' if low_open else '['}{low}, {high}{')' if high_open else ']'}"
-    if isinstance(value, bool) or not isinstance(value, int if integer else int | float):
+        rule = f"must be {kind} in [{low}, {high}{')' if high_open else ']'}"
+    if isinstance(value, bool) or not isinstance(value, Integral if integer else Real):
         raise TypeError(f"{name}={value!r}: {rule}, not {type(value).__name__}")
-    above = value > low if low_open else value >= low
-    below = value < high if high_open else value <= high
-    if not (above and below and math.isfinite(value)):
+    is_integer = isinstance(value, Integral)
+    number: Any = int(value) if is_integer else float(value)
+    below = number < high if high_open else number <= high
+    if not (number >= low and below and (is_integer or math.isfinite(number))):
         raise ValueError(f"{name}={value!r}: {rule}")
+    return number
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:

@@ -70,6 +70,11 @@ class ClusteredLayers:
         """Whether the hooks are on the layers."""
         return self._injection is not None
 
+    @property
+    def names(self) -> set[str]:
+        """The layers that are hooked."""
+        return set(self._gatherings)
+
     def reset(self, clusters: Mapping[str, Clusters]) -> None:
         """Forget an earlier training.
 

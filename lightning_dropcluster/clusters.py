@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from lightning_dropcluster.regularizers.cluster_drop import smallest_integer_type
 from lightning_dropcluster.scopes import Scope, Shape
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 @dataclass(frozen=True)
 class Clusters:
@@ -110,6 +112,8 @@ def read_initial_labels(source: Any, scope: Scope) -> dict[str, Clusters]:
             f"initial_labels={_brief(source)}: must be a mapping of layer names to labels, or the path of a "
             f"checkpoint, not {type(source).__name__}"
         )
+    if not source:
+        raise ValueError("initial_labels={}: must hold the labels of at least one layer")
     return {str(name): clusters_from_labels(labels, scope, str(name)) for name, labels in source.items()}
 
 
@@ -159,15 +163,18 @@ def check_channels(clusters: Clusters, layer: nn.Module, name: str) -> None:
 
 def _read_checkpoint(path: str | PathLike[str], scope: Scope) -> dict[str, Clusters]:
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    callbacks = checkpoint.get("callbacks", {}) if isinstance(checkpoint, dict) else {}
-    states = [state for key, state in callbacks.items() if key.startswith("DropCluster")]
-    found = {
-        name: clusters_from_state(entry, scope, name)
-        for state in states
-        for name, entry in state["clusters"].items()
-    }
+    callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, Mapping) else None
+    found: dict[str, Clusters] = {}
+    for key, state in callbacks.items() if isinstance(callbacks, Mapping) else ():
+        is_ours = str(key).partition("{")[0] == "DropCluster" and isinstance(state, Mapping)
+        if is_ours and state.get("scope") == scope.name and isinstance(state.get("clusters"), Mapping):
+            for name, entry in state["clusters"].items():
+                found[str(name)] = clusters_from_state(entry, scope, str(name))
     if not found:
-        raise ValueError(f"initial_labels={str(path)!r}: the checkpoint holds no labels of a DropCluster")
+        raise ValueError(
+            f"initial_labels={str(path)!r}: the checkpoint holds no labels of a DropCluster with "
+            f"scope={scope.name!r}"
+        )
     return found
 
 
@@ -180,7 +187,7 @@ def _pack(table: Tensor, shape: Shape, scope: Scope, name: str) -> Clusters:
 
 
 def _check_integers(labels: Any, name: str) -> None:
-    if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.dtype == torch.bool:
+    if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
         raise TypeError(f"labels of layer {name!r}: must be an integer tensor, not {_brief(labels)}")
 
 

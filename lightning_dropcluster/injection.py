@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 
@@ -58,6 +59,8 @@ class Injection:
         if not self.attached:
             if root is not None and is_compiled(root):
                 torch._dynamo.reset()
+            for hook in self._hooks.values():
+                hook.fired = False
             self._handles = [
                 layer.register_forward_hook(self._hooks[name]) for name, layer in self.layers.items()
             ]
@@ -90,8 +93,7 @@ class _Hook:
         self.name, self.regularizer = name, regularizer
         self.fired = False
         # A conv says how many dimensions a batch has; of other layers anything with a batch will do.
-        kernel = getattr(layer, "kernel_size", None)
-        self.num_dims = len(kernel) + 2 if isinstance(kernel, tuple) else None
+        self.num_dims = len(layer.kernel_size) + 2 if isinstance(layer, _ConvNd) else None
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if not module.training:

@@ -21,7 +21,7 @@ LayerTypes = type[nn.Module] | Sequence[type[nn.Module]]
 
 # Wrappers put these segments into names; users write the names of the model they know.
 _WRAPPER_SEGMENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_GLOB_TOKEN = re.compile(r"(?<![^.])\*\*\.|\*\*|\*|\?|\[!?[^\]]+\]|.", re.DOTALL)
+_GLOB_TOKEN = re.compile(r"(?<![^.])\*\*\.|\*\*|\*|\?|\[!?[^\]!][^\]]*\]|.", re.DOTALL)
 
 
 def select_layers(
@@ -108,13 +108,13 @@ def check_layer_types(layer_types: LayerTypes | None) -> tuple[type[nn.Module], 
     """
     if layer_types is None:
         return CONV_LAYERS
-    types = (layer_types,) if isinstance(layer_types, type) else tuple(layer_types)
+    types = tuple(layer_types) if isinstance(layer_types, list | tuple) else (layer_types,)
     if not types:
         raise ValueError(f"layer_types={layer_types!r}: give at least one type, or None for conv layers")
     for entry in types:
         if not (isinstance(entry, type) and issubclass(entry, nn.Module)):
             raise TypeError(f"layer_types={layer_types!r}: {entry!r} is no subclass of torch.nn.Module")
-    return types
+    return types  # pyright: ignore[reportReturnType]
 
 
 def _module_names(root: nn.Module) -> dict[str, nn.Module]:
@@ -137,38 +137,45 @@ def _pick(names: dict[str, nn.Module], pattern: Pattern, types: tuple[type[nn.Mo
         child, _, rest = name.partition(".")
         if rest and matches(rest, module):
             by_child.setdefault(child, []).append(name)
-    if len(by_child) == 1:
-        return next(iter(by_child.values()))
+    if len({frozenset(id(candidates[name]) for name in found) for found in by_child.values()}) == 1:
+        return next(iter(by_child.values()))  # one child, or one module that stands under several names
     if by_child:
         examples = ", ".join(f"{found[0]!r}" for found in by_child.values())
         raise ValueError(
             f"layers={pattern!r} is ambiguous: it picks layers in {len(by_child)} children ({examples}); "
             "write the child's name into the pattern"
         )
-    raise ValueError(_explain_no_match(names, candidates, pattern, matches, types))
+    raise ValueError(_explain_no_match(names, candidates, pattern, types))
 
 
 def _explain_no_match(
     names: dict[str, nn.Module],
     candidates: dict[str, nn.Module],
     pattern: Pattern,
-    matches: Callable[[str, nn.Module], bool],
     types: tuple[type[nn.Module], ...],
 ) -> str:
     """Say why a pattern picked nothing, and what would have been near."""
     allowed = "/".join(kind.__name__ for kind in types) if types != CONV_LAYERS else "conv"
-    others = [name for name, module in names.items() if name and matches(name, module)]
-    others = others or [n for n, m in names.items() if "." in n and matches(n.partition(".")[2], m)]
+    others = _matching_names(names, pattern) if isinstance(pattern, str) else []
     if others:
         kinds = ", ".join(f"{name} ({type(names[name]).__name__})" for name in others[:3])
         head = f"layers={pattern!r} matches no {allowed} layer, only {kinds}"
         inside = [n for n in candidates if any(n.startswith(other + ".") for other in others)]
         if inside:
-            return f"{head}; layers inside: {', '.join(inside[:5])} (write '{pattern}.**' to pick them)"
+            advice = "" if str(pattern).startswith("re:") else f" (write '{pattern}.**' to pick them)"
+            return f"{head}; layers inside: {', '.join(inside[:5])}{advice}"
         head += "; widen layer_types= to pick other layers"
     else:
         head = f"layers={pattern!r} matches no layer"
     return f"{head}; nearest {allowed} layers: {', '.join(nearest_names(str(pattern), candidates)) or 'none'}"
+
+
+def _matching_names(names: Iterable[str], pattern: str) -> list[str]:
+    """Names that a string matches whatever stands under them, from the root or else from its children."""
+    matches, module = _compile(pattern), nn.Identity()
+    return [name for name in names if matches(name, module)] or [
+        name for name in names if "." in name and matches(name.partition(".")[2], module)
+    ]
 
 
 def nearest_names(pattern: str, names: Iterable[str], count: int = 5) -> list[str]:
@@ -211,7 +218,7 @@ def _translate(token: str) -> str:
     """Translate one token of a glob to a regular expression."""
     if token.startswith("[") and len(token) > 1:
         excluded = token[1] == "!"
-        members = re.sub(r"([\\\[\]^])", r"\\\1", token[2 if excluded else 1 : -1])
-        return f"[^.{members}]" if excluded else f"[{members}]"
+        members = re.sub(r"([\\\[\]^&~|])", r"\\\1", token[2 if excluded else 1 : -1])
+        return f"[^{members}.]" if excluded else f"[{members}]"
     wildcards = {"**.": r"(?:[^.]+\.)*", "**": ".*", "*": "[^.]*", "?": "[^.]"}
     return wildcards.get(token, re.escape(token))

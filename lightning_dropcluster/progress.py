@@ -3,10 +3,11 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from lightning_dropcluster.checks import check_number
-from lightning_dropcluster.schedules import Schedule, constant, intervals_passed, ramp
+from lightning_dropcluster.schedules import Schedule, intervals_passed, ramp
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,15 @@ class Progress:
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
     ) -> None:
-        if isinstance(start, float):
+        is_fraction = isinstance(start, Real) and not isinstance(start, Integral)
+        self.start: int | float = (
             check_number("start", start, 0, 1, high_open=True)
-        else:
-            check_number("start", start, 0, integer=True)
-        self.start, self.schedule = start, schedule
+            if is_fraction
+            else check_number("start", start, 0, integer=True)
+        )
+        self.schedule = schedule
         self.counts_steps = every_n_train_steps is not None
-        self.every = next(n for n in (every_n_train_steps, every_n_epochs, 5) if n is not None)
+        self.every = int(next(n for n in (every_n_train_steps, every_n_epochs, 5) if n is not None))
         self.reset()
 
     def reset(self, has_labels: bool = False) -> None:
@@ -84,7 +87,7 @@ class Progress:
             has_labels: whether there are labels already, so that the first due moment is skipped.
         """
         self._origin: int | None = None
-        self._start_fraction = 0.0
+        self._start_fraction: float | None = None
         self._passed = int(has_labels)
 
     def check(self, max_epochs: int | None, max_steps: int, *, is_trial: bool = False) -> None:
@@ -104,7 +107,7 @@ class Progress:
                 f"start={self.start!r}: a fraction of training needs max_epochs or max_steps in the Trainer; "
                 "give an epoch, or set a limit"
             )
-        if endless and self.schedule.__qualname__ != constant().__qualname__:
+        if endless and len({self.schedule(fraction) for fraction in (0.0, 0.5, 1.0)}) > 1:
             raise ValueError(
                 "schedule: a ramp to the end of training needs max_epochs or max_steps in the Trainer; "
                 "give schedule='constant', or set a limit"
@@ -130,13 +133,12 @@ class Progress:
             if not self._has_started(now):
                 return 0.0, False
             self._origin = now.step if self.counts_steps else now.epoch
-            self._start_fraction = now.fraction or 0.0
-            if isinstance(self.start, float):
-                self._start_fraction = self.start
+            if self._start_fraction is None:
+                self._start_fraction = self.start if isinstance(self.start, float) else now.fraction
         passed = intervals_passed(now.step if self.counts_steps else now.epoch, self._origin, self.every)
         is_due, self._passed = passed > self._passed, max(passed, self._passed)
-        fraction = now.fraction
-        return 1.0 if fraction is None else ramp(self.schedule, self._start_fraction)(fraction), is_due
+        fraction = 1.0 if now.fraction is None else now.fraction
+        return ramp(self.schedule, self._start_fraction or 0.0)(fraction), is_due
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position as plain scalars.
@@ -144,16 +146,24 @@ class Progress:
         Returns:
             What `load_state_dict` takes.
         """
-        return {"origin": self._origin, "start_fraction": self._start_fraction, "passed": self._passed}
+        return {
+            "origin": self._origin,
+            "passed": self._passed,
+            "start_fraction": self._start_fraction,
+            "every": self.every,
+            "counts_steps": self.counts_steps,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a position.
+        """Go on from a position; with another interval than before, count from here and recluster at once.
 
         Args:
             state: what `state_dict` returned.
         """
-        self._origin, self._passed = state["origin"], state["passed"]
         self._start_fraction = state["start_fraction"]
+        self._origin, self._passed = None, 0
+        if (state["every"], state["counts_steps"]) == (self.every, self.counts_steps):
+            self._origin, self._passed = state["origin"], state["passed"]
 
     def _has_started(self, now: TrainingPosition) -> bool:
         if isinstance(self.start, int):

@@ -96,7 +96,8 @@ class Sketch(nn.Module):
             rows = self.scope.rows(x.detach().float().reshape(len(x), self.shape[0], -1))
             self.origin.copy_(torch.where(self.count == 0, rows[0], self.origin))
             weights = self._weights(len(x))
-            rows = rows - self.origin
+            # Not left to the zero weights: 0 x inf is NaN.
+            rows = (rows - self.origin).masked_fill_(weights[:, -1:] == 0, 0.0)
             self.moments.addmm_(rows.T, weights)
             self.column_sums.add_(weights[:, :-1].sum(0))
             self.squares.addmv_(rows.square_().T, weights[:, -1])

@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_dropcluster.clusters import Clusters, check_shape, clusters_from_state
-from lightning_dropcluster.scopes import SCOPES
+from lightning_dropcluster.scopes import SCOPES, Scope
 
 _ENTRIES = ("scope", "progress", "clusters", "shapes", "windows_opened", "window", "reclustering")
-_PROGRESS = ("origin", "start_fraction", "passed")
+_PROGRESS = ("origin", "passed", "start_fraction", "every", "counts_steps")
 
 
 def read_state(state: Any, scope: str) -> dict[str, Clusters]:
@@ -38,14 +39,14 @@ def read_state(state: Any, scope: str) -> dict[str, Clusters]:
         if type(count) is not int or count < 0:
             raise ValueError(f"state_dict: {name}={count!r} must be an integer of at least 0")
     fraction = state["progress"]["start_fraction"]
-    if not isinstance(fraction, int | float) or not 0.0 <= fraction <= 1.0:
-        raise ValueError(f"state_dict: start_fraction={fraction!r} must be a number in [0, 1]")
+    if fraction is not None and (not isinstance(fraction, int | float) or not 0.0 <= fraction <= 1.0):
+        raise ValueError(f"state_dict: start_fraction={fraction!r} must be a number in [0, 1] or None")
     _require_mapping("state_dict['clusters']", state["clusters"])
     _require_mapping("state_dict['shapes']", state["shapes"])
     for name, shape in state["shapes"].items():
         check_shape(shape, f"state_dict['shapes'][{name!r}]")
     _check_window(state["window"])
-    _check_reclustering(state["reclustering"])
+    _check_reclustering(state["reclustering"], SCOPES[scope])
     return {
         str(name): clusters_from_state(entry, SCOPES[scope], str(name))
         for name, entry in state["clusters"].items()
@@ -60,14 +61,23 @@ def _check_window(window: Any) -> None:
             check_shape(sketch["shape"], f"state_dict['window'][{name!r}]['shape']")
 
 
-def _check_reclustering(reclustering: Any) -> None:
-    if reclustering is not None:
-        _require_entries("state_dict['reclustering']", reclustering, ("wait_steps", "shapes", "labels"))
-        for name, labels in reclustering["labels"].items():
-            if not isinstance(labels, Tensor) or labels.ndim != 2 or name not in reclustering["shapes"]:
-                raise ValueError(
-                    f"state_dict['reclustering']: labels of layer {name!r} must be (B, F) integers"
-                )
+def _check_reclustering(reclustering: Any, scope: Scope) -> None:
+    if reclustering is None:
+        return
+    what = "state_dict['reclustering']"
+    _require_entries(what, reclustering, ("wait_steps", "shapes", "labels"))
+    if type(reclustering["wait_steps"]) is not int:
+        raise ValueError(f"{what}: wait_steps={reclustering['wait_steps']!r} must be an integer")
+    _require_mapping(f"{what}['labels']", reclustering["labels"])
+    _require_entries(f"{what}['shapes']", reclustering["shapes"], tuple(reclustering["labels"]))
+    for name, labels in reclustering["labels"].items():
+        shape = reclustering["shapes"][name]
+        check_shape(shape, f"{what}['shapes'][{name!r}]")
+        size = scope.problems(tuple(shape))
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int32 or labels.shape != size:
+            raise ValueError(f"{what}: labels of layer {name!r} must be an int32 tensor of shape {size}")
+        if int(labels.min()) < 0 or int(labels.max()) >= size[1]:
+            raise ValueError(f"{what}: labels of layer {name!r} must be in [0, {size[1]})")
 
 
 def _require_entries(what: str, value: Any, entries: tuple[str, ...]) -> None:

@@ -85,10 +85,12 @@ class GatheringWindow:
         sketches, merged = self.close(), {}
         for name in self._gathered_alike(sketches):
             merge_over_ranks(sketches[name])
-            if sketches[name].is_finite():
-                merged[name] = sketches[name]
-            else:
+            if not sketches[name].count:
+                _warn(f"layer {name!r} did not run while the window was open; its old labels stay")
+            elif not sketches[name].is_finite():
                 _warn(f"activations of layer {name!r} were NaN, infinite or huge; its old labels stay")
+            else:
+                merged[name] = sketches[name]
         return merged
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_dropcluster.clustering.protocol import grid_positions, nearest_alive
+from lightning_dropcluster.clustering.protocol import nearest_alive
 
 Cluster = Callable[[NDArray[np.float32], int, tuple[int, ...]], NDArray[np.integer]]
 
@@ -96,12 +96,12 @@ def _fit_each(cluster: Cluster, profiles: Tensor, num_clusters: int, grid: tuple
     """Cluster one problem after the other; dead items take part as copies of their nearest live one."""
     if grid is None:
         raise ValueError("clusterer: Ward and ReNA join neighbours on a grid, and scope='channel' has none")
-    positions, alive = grid_positions(grid), profiles.any(dim=2).cpu()
     labels = np.zeros(profiles.shape[:2], dtype=np.int64)
-    for row, points, living in zip(labels, profiles.cpu(), alive, strict=True):
-        if living.any():
-            filled = points[nearest_alive(living, positions)].numpy()
-            row[:] = cluster(filled, min(num_clusters, len(filled)), grid)
+    count = min(num_clusters, labels.shape[1])
+    nearest = nearest_alive(profiles.any(dim=2), grid).cpu()
+    for row, points, source in zip(labels, profiles.cpu(), nearest, strict=True):
+        if count > 1 and source[0] >= 0:
+            row[:] = cluster(points[source].numpy(), count, grid)
     return torch.from_numpy(labels).to(profiles.device)
 
 
@@ -121,6 +121,9 @@ def _rena(points: NDArray[np.float32], num_clusters: int, grid: tuple[int, ...])
 
     if len(grid) > 3:
         raise ValueError(f"clusterer: ReNA takes grids of at most 3 dimensions, not {grid}")
+    # Without this it would never join neighbours at a distance of zero.
+    noise = np.random.default_rng(0).standard_normal(points.shape, dtype=np.float32)
+    points = (points + 1e-4 * noise).astype(np.float32)
     volume = np.ones((*grid, 1, 1)[: max(3, len(grid))], dtype=np.uint8)
     mask = Nifti1Image(volume, np.eye(4))
     # One round at least halves the clusters, so this many always reach num_clusters.

@@ -115,33 +115,45 @@ def grid_positions(grid: tuple[int, ...], device: torch.device | None = None) ->
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
 
 
-def nearest_alive(alive: Tensor, positions: Tensor) -> Tensor:
+def nearest_alive(alive: Tensor, grid: tuple[int, ...]) -> Tensor:
     """Find for each item the nearest live one, itself where it lives.
 
+    Distance is the number of steps on the grid, and an item shares the answer of a neighbour, so clusters
+    that are connected stay so when dead items join them.
+
     Args:
-        alive: (F,) bool, at least one True.
-        positions: (F, dimensions) on the same device.
+        alive: (B, F) bool.
+        grid: the lattice of F points.
 
     Returns:
-        (F,) int64 indices.
+        (B, F) int64 indices; -1 throughout a problem in which nothing lives.
     """
-    nearest = torch.arange(len(alive), device=alive.device)
-    live = alive.nonzero().squeeze(1)
-    for some in (~alive).nonzero().squeeze(1).split(4096):
-        nearest[some] = live[torch.cdist(positions[some], positions[live]).argmin(1)]
-    return nearest
+    items = torch.arange(alive.shape[1], device=alive.device)
+    nearest = torch.where(alive, items, -1).reshape(-1, *grid)
+    for _ in range(sum(grid)):
+        if (nearest >= 0).all():
+            break
+        nearest = _spread(nearest)
+    return nearest.flatten(1)
+
+
+def _spread(nearest: Tensor) -> Tensor:
+    """Fill gaps (-1) of (B, *grid) from their neighbours on the grid, by one step."""
+    spread = nearest.clone()
+    for axis in range(1, nearest.ndim):
+        length = nearest.shape[axis] - 1
+        for target, source in ((0, 1), (1, 0)):
+            gap = spread.narrow(axis, target, length)
+            gap.copy_(torch.where(gap < 0, nearest.narrow(axis, source, length), gap))
+    return spread
 
 
 def _adopt_dead(labels: Tensor, alive: Tensor, grid: tuple[int, ...] | None) -> Tensor:
     """Give dead items the label of the nearest live one; where none lives, all share one cluster."""
     if alive.all():
         return labels
-    positions = grid_positions(grid or (labels.shape[1],), labels.device)
-    rows = [
-        row[nearest_alive(living, positions)] if living.any() else torch.zeros_like(row)
-        for row, living in zip(labels, alive, strict=True)
-    ]
-    return torch.stack(rows)
+    nearest = nearest_alive(alive, grid or (labels.shape[1],))
+    return torch.where(nearest < 0, 0, labels.gather(1, nearest.clamp(min=0)))
 
 
 def _renumber(labels: Tensor, num_clusters: int) -> Tensor:

@@ -72,10 +72,12 @@ def _split_largest(points: Points, labels: Labels, empty: int, num_clusters: int
     """Move half of the largest cluster that is not one repeated point to the empty one, in place."""
     sizes = np.bincount(labels, minlength=num_clusters)
     for largest in np.argsort(-sizes, kind="stable"):
+        if sizes[largest] < 2:
+            return
         members = np.flatnonzero(labels == largest)
         offsets = points[members] - points[members].mean(0)
         lengths = np.square(offsets).sum(1)
-        if len(members) >= 2 and lengths.max() > 1e-10:
+        if lengths.max() > 1e-10:
             along = offsets @ offsets[lengths.argmax()]
             labels[members[np.argsort(along, kind="stable")[len(members) // 2 :]]] = empty
             return

@@ -1,12 +1,19 @@
-import sys
-from pathlib import Path
+"""What all tests share."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else idle threads of torch and FAISS spin
 
 import pytest
 import torch
+from fits import make_loader
 from PIL import Image
+from torch.utils.data import DataLoader
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # the benchmarks are scripts that import one another, not a package
+
+@pytest.fixture
+def loader() -> DataLoader:
+    return make_loader()
 
 
 @pytest.fixture

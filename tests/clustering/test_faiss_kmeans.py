@@ -1,0 +1,158 @@
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lightning_dropcluster.clustering import FaissKMeans, TorchKMeans, faiss_kmeans
+from lightning_dropcluster.clustering.torch_kmeans import assign_nearest, lloyd
+
+faiss = faiss_kmeans.faiss
+SETTINGS = {"max_iter": 10, "tolerance": 1e-3, "min_share": 0.25, "seed": 0}
+
+
+def make_profiles(problems=4, items=200, dims=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(problems, items, dims, generator=generator), dim=2)
+
+
+def assign_by_faiss(points, means):
+    """Stand in for `assign_on_gpu`: the same library on the CPU."""
+    pairs = zip(points.numpy(), means.numpy(), strict=True)
+    distances, labels = zip(*(faiss.knn(some, centres, 1) for some, centres in pairs), strict=True)
+    return torch.from_numpy(np.stack(labels))[:, :, 0], torch.from_numpy(np.stack(distances))[:, :, 0]
+
+
+def knn_on_cpu(resources, points, means, k, device):
+    distances, labels = faiss.knn(points.numpy(), means.numpy(), k)
+    return torch.from_numpy(distances), torch.from_numpy(labels)
+
+
+class OnGPU(torch.Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """Let the GPU route run on the CPU."""
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "knn_gpu", knn_on_cpu, raising=False)
+    monkeypatch.setattr(faiss_kmeans, "_gpu_resources", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+
+
+@pytest.mark.parametrize("problems", [1, 5])
+def test_thread_counts_stay_as_they_were(problems):
+    torch_threads, faiss_threads = torch.get_num_threads(), faiss.omp_get_max_threads()
+    FaissKMeans().fit(make_profiles(problems), 10)
+    assert (torch.get_num_threads(), faiss.omp_get_max_threads()) == (torch_threads, faiss_threads)
+
+
+def test_thread_counts_stay_as_they_were_in_a_fresh_process():
+    script = """
+import torch
+from lightning_dropcluster.clustering import FaissKMeans, faiss_kmeans
+torch.set_num_threads(3)
+before = torch.get_num_threads(), faiss_kmeans.faiss.omp_get_max_threads()
+FaissKMeans().fit(torch.randn(4, 50, 8), 5)
+assert (torch.get_num_threads(), faiss_kmeans.faiss.omp_get_max_threads()) == before
+assert before == (3, 3)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_labels_do_not_depend_on_the_number_of_threads(monkeypatch):
+    profiles, labels = make_profiles(), []
+    for threads in (1, 2, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        labels.append(FaissKMeans().fit(profiles, 10))
+    assert torch.equal(labels[0], labels[1])
+    assert torch.equal(labels[0], labels[2])
+
+
+def test_problems_are_independent():
+    profiles = make_profiles()
+    alone = [FaissKMeans().fit(some, 10) for some in profiles.split(1)]
+    assert torch.equal(FaissKMeans().fit(profiles, 10), torch.cat(alone))
+
+
+def test_dead_rows_change_nothing_for_live_ones_from_a_cold_start():
+    profiles = make_profiles()
+    padded = torch.zeros(4, 300, 16)
+    padded[:, 1::3], padded[:, 2::3] = profiles[:, ::2], profiles[:, 1::2]
+    live = padded[0].any(1)
+    assert torch.equal(
+        FaissKMeans().fit(padded, 10)[:, live], FaissKMeans().fit(padded[:, live].contiguous(), 10)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_takes_profiles_with_gradients_of_other_types_and_strides(dtype):
+    profiles = make_profiles().to(dtype)
+    expected = FaissKMeans().fit(profiles.float(), 10)
+    assert torch.equal(FaissKMeans().fit(profiles.mT.contiguous().mT.requires_grad_(), 10), expected)
+
+
+def test_more_points_than_faiss_samples_by_itself_are_all_used():
+    profiles = make_profiles(1, 2000)
+    labels = FaissKMeans(max_iter=50, tolerance=0).fit(profiles, 2)[0]
+    means = torch.stack([profiles[0, labels == k].mean(0) for k in range(2)])
+    nearest, _ = assign_nearest(profiles, means[None])
+    assert (nearest[0] == labels).float().mean() > 0.999
+
+
+def test_nothing_is_printed(capfd):
+    FaissKMeans().fit(make_profiles(2, 20), 15)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_faiss_refuses_raises():
+    profiles = make_profiles()
+    profiles[1, 2, 3] = torch.nan
+    with pytest.raises(RuntimeError, match="NaN"):
+        FaissKMeans().fit(profiles, 10)
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_lloyds_loop_does_not_care_who_assigns(warm):
+    profiles = make_profiles()
+    old = torch.arange(200).repeat(4, 1) % 10 if warm else None
+    ours, theirs = (
+        lloyd(profiles, 10, old, assign=assign, **SETTINGS) for assign in (assign_nearest, assign_by_faiss)
+    )
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_assignments_on_a_gpu_come_back_in_the_order_of_the_loop():
+    points, means = make_profiles(), make_profiles(items=10, seed=1)
+    labels, distances = faiss_kmeans.assign_on_gpu(points, means)
+    expected = assign_nearest(points, means)
+    assert torch.equal(labels, expected[0])
+    torch.testing.assert_close(distances, expected[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("warm", [True, False])
+def test_the_gpu_route_is_lloyds_loop_with_the_same_settings(warm):
+    profiles, settings = make_profiles(), {**SETTINGS, "max_iter": 3, "seed": 5}
+    old = torch.arange(200).repeat(4, 1) % 10 if warm else None
+    labels = FaissKMeans(**settings).fit(profiles.as_subclass(OnGPU), 10, old)
+    assert torch.equal(labels, TorchKMeans(**settings).fit(profiles, 10, old))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and faiss.get_num_gpus()), reason="needs CUDA and FAISS with GPU support"
+)
+def test_a_gpu_assigns_as_torch_does():
+    points, means = make_profiles().cuda(), make_profiles(items=10, seed=1).cuda()
+    labels, distances = faiss_kmeans.assign_on_gpu(points, means)
+    expected = assign_nearest(points, means)
+    assert (labels == expected[0]).float().mean() > 0.999
+    torch.testing.assert_close(distances, expected[1], rtol=0, atol=1e-4)

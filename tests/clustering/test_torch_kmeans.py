@@ -1,0 +1,111 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from lightning_dropcluster.clustering import TorchKMeans, torch_kmeans
+from lightning_dropcluster.clustering.torch_kmeans import assign_nearest, lloyd
+
+SETTINGS = {"tolerance": 0.0, "min_share": 0.0, "seed": 0}
+
+
+def make_profiles(problems=3, items=60, dims=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(problems, items, dims, generator=generator), dim=2)
+
+
+def spy_on_inertia(inertias):
+    def assign(points, means):
+        labels, distances = assign_nearest(points, means)
+        inertias.append(float((distances * points.any(dim=2)).sum()))
+        return labels, distances
+
+    return assign
+
+
+@given(st.integers(1, 3), st.integers(1, 30), st.integers(1, 8), st.integers(0, 99))
+@settings(deadline=None, max_examples=40)
+def test_assigns_to_the_nearest(problems, items, clusters, seed):
+    points, means = (
+        make_profiles(problems, items, seed=seed),
+        make_profiles(problems, clusters, seed=seed + 1),
+    )
+    labels, distances = assign_nearest(points, means)
+    nearest = torch.cdist(points.double(), means.double()).square().min(dim=2)
+    assert torch.equal(labels, nearest.indices)
+    torch.testing.assert_close(distances.double(), nearest.values, rtol=0, atol=1e-5)
+
+
+def test_blocks_of_problems_assign_as_all_at_once():
+    points, means = make_profiles(5, 3000), make_profiles(5, 2000, seed=1)
+    labels, distances = assign_nearest(points, means)
+    for index in range(5):
+        alone = assign_nearest(points[[index]], means[[index]])
+        assert (alone[0] == labels[[index]]).float().mean() > 0.999
+        torch.testing.assert_close(alone[1], distances[[index]], rtol=0, atol=1e-4)
+
+
+def test_every_iteration_lowers_the_inertia():
+    inertias = []
+    lloyd(make_profiles(), 7, None, assign=spy_on_inertia(inertias), max_iter=20, **SETTINGS)
+    assert len(inertias) > 3
+    assert all(later <= earlier + 1e-4 for earlier, later in pairwise(inertias))
+
+
+@pytest.mark.parametrize(("max_iter", "tolerance", "calls"), [(4, 0.0, 5), (1, 0.0, 2), (20, 1.0, 2)])
+def test_stops_after_the_iterations_or_the_tolerance(max_iter, tolerance, calls):
+    inertias = []
+    options = SETTINGS | {"tolerance": tolerance, "max_iter": max_iter}
+    lloyd(make_profiles(items=300), 7, None, assign=spy_on_inertia(inertias), **options)
+    assert len(inertias) == calls
+
+
+def test_one_update_is_the_mean_of_the_live_members():
+    profiles = make_profiles()
+    profiles[:, ::4] = 0
+    labels = torch.arange(60).repeat(3, 1) % 5
+    seen = []
+
+    def assign(points, means):
+        seen.append(means)
+        return assign_nearest(points, means)
+
+    lloyd(profiles, 6, labels, assign=assign, max_iter=1, **SETTINGS)
+    live = profiles[0].any(1)
+    for cluster in range(5):
+        members = profiles[:, live & (labels[0] == cluster)]
+        torch.testing.assert_close(seen[0][:, cluster], members.mean(1))
+
+
+def test_starting_points_are_live_and_distinct():
+    profiles = make_profiles()
+    profiles[:, ::2] = 0
+    seen = []
+
+    def assign(points, means):
+        seen.append(means)
+        return assign_nearest(points, means)
+
+    lloyd(profiles, 30, None, assign=assign, max_iter=1, **SETTINGS)
+    for points, means in zip(profiles, seen[0], strict=True):
+        which = (points[:, None] == means).all(2).nonzero()
+        assert which[:, 0].tolist() == [*range(1, 60, 2)]
+
+
+def test_problems_that_share_a_block_start_alike_and_end_as_alone():
+    profiles, clusterer = make_profiles(), TorchKMeans(tolerance=0.0)
+    alone = torch.cat([clusterer.fit(some, 7) for some in profiles.split(1)])
+    assert torch.equal(clusterer.fit(profiles, 7), alone)
+
+
+def test_labels_of_any_integer_type_start_it():
+    profiles, old = make_profiles(), torch.arange(60).repeat(3, 1) % 7
+    expected = TorchKMeans().fit(profiles, 7, old)
+    assert torch.equal(TorchKMeans().fit(profiles, 7, old.byte()), expected)
+
+
+def test_uses_no_faiss():
+    assert "faiss" not in vars(torch_kmeans)

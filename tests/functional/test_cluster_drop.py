@@ -1,0 +1,284 @@
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import interpolate
+
+from lightning_dropcluster.functional import cluster_drop, cluster_sizes, draw_keep_table, resize_labels
+
+SCOPES = ("map", "position", "layer", "channel")
+SPATIAL = ((5,), (3, 4), (2, 3, 2))
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def label_shape(scope, channels, spatial):
+    return {
+        "map": (channels, *spatial),
+        "position": (1, *spatial),
+        "layer": (channels, *spatial),
+        "channel": (channels, *(1 for _ in spatial)),
+    }[scope]
+
+
+def make_problem(scope="map", samples=3, channels=4, spatial=(3, 4), clusters=3, drawn=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, channels, *spatial, generator=generator)
+    labels = torch.randint(clusters, label_shape(scope, channels, spatial), generator=generator)
+    groups = channels if scope == "map" else 1
+    keep = torch.rand(drawn or samples, groups, clusters, generator=generator) > 0.4
+    return x, labels, keep
+
+
+@st.composite
+def problems(draw):
+    samples = draw(st.integers(1, 3))
+    return make_problem(
+        draw(st.sampled_from(SCOPES)),
+        samples,
+        draw(st.integers(1, 3)),
+        tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))),
+        draw(st.integers(1, 5)),
+        drawn=draw(st.sampled_from((1, samples))),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+def naive_mask(x, labels, keep):
+    mask = torch.zeros_like(x)
+    for n, c, *cell in itertools.product(*map(range, x.shape)):
+        where = tuple(min(i, size - 1) for i, size in zip((c, *cell), labels.shape, strict=True))
+        mask[(n, c, *cell)] = keep[min(n, len(keep) - 1), min(c, keep.shape[1] - 1), labels[where]]
+    return mask
+
+
+@given(problems(), st.floats(0.5, 4.0, width=32))
+@settings(deadline=None, max_examples=60)
+def test_equals_the_naive_loop(problem, scale):
+    x, labels, keep = problem
+    torch.testing.assert_close(
+        cluster_drop(x, labels, keep, scale=scale), x * naive_mask(*problem) * scale, rtol=1e-6, atol=0
+    )
+
+
+@given(problems())
+@settings(deadline=None, max_examples=60)
+def test_rescales_by_the_kept_share_of_the_whole_batch(problem):
+    x, labels, keep = problem
+    mask = naive_mask(*problem)
+    ratio = mask.numel() / mask.sum() if mask.any() else 1.0
+    torch.testing.assert_close(cluster_drop(x, labels, keep), x * mask * ratio)
+
+
+@given(problems())
+@settings(deadline=None, max_examples=30)
+def test_one_draw_for_the_batch_equals_the_same_draw_for_each_sample(problem):
+    x, labels, keep = problem
+    shared = keep[:1]
+    repeated = shared.expand(len(x), -1, -1)
+    torch.testing.assert_close(cluster_drop(x, labels, shared), cluster_drop(x, labels, repeated))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("spatial", SPATIAL, ids=["1d", "2d", "3d"])
+def test_every_scope_takes_its_own_table_shape(scope, spatial):
+    x, labels, keep = make_problem(scope, spatial=spatial)
+    full = labels.expand(x.shape[1:])
+    assert labels.shape == label_shape(scope, x.shape[1], spatial)
+    torch.testing.assert_close(cluster_drop(x, labels, keep), cluster_drop(x, full, keep))
+
+
+def test_takes_activations_without_spatial_dimensions():
+    x, labels, keep = make_problem(spatial=(), scope="layer")
+    torch.testing.assert_close(cluster_drop(x, labels, keep, scale=1.0), x * naive_mask(x, labels, keep))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_takes_labels_of_every_integer_type(dtype):
+    x, labels, keep = make_problem()
+    assert torch.equal(cluster_drop(x, labels.to(dtype), keep), cluster_drop(x, labels, keep))
+
+
+@pytest.mark.parametrize("drawn", [1, 2])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_first_and_second_derivatives_are_exact(scope, drawn):
+    x, labels, keep = make_problem(scope, samples=2, channels=2, spatial=(2, 3), drawn=drawn)
+    x = x.double().requires_grad_()
+
+    def cubed(x):
+        return cluster_drop(x**3, labels, keep)
+
+    assert torch.autograd.gradcheck(cubed, x)
+    assert torch.autograd.gradgradcheck(cubed, x)
+
+
+@pytest.mark.parametrize("drawn", [1, 3])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("spatial", "layout"),
+    [((5,), torch.contiguous_format), ((3, 4), torch.channels_last), ((2, 3, 2), torch.channels_last_3d)],
+    ids=["1d", "channels_last", "channels_last_3d"],
+)
+def test_keeps_dtype_device_and_memory_format(spatial, layout, dtype, drawn):
+    x, labels, keep = make_problem(spatial=spatial, drawn=drawn)
+    x = x.to(dtype).contiguous(memory_format=layout)
+    out = cluster_drop(x, labels, keep)
+    assert (out.dtype, out.device, out.stride()) == (x.dtype, x.device, x.stride())
+    reference = cluster_drop(x.double(), labels, keep)
+    torch.testing.assert_close(out.double(), reference, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_gradient_has_the_dtype_and_layout_of_the_activation():
+    x, labels, keep = make_problem()
+    x = x.bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = cluster_drop(x, labels, keep)
+    (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    assert (grad.dtype, grad.stride()) == (x.dtype, x.stride())
+
+
+def test_takes_activations_that_are_not_contiguous():
+    x, labels, keep = make_problem()
+    strided = torch.stack([x, x], dim=-1)[..., 0]
+    assert not strided.is_contiguous()
+    assert torch.equal(cluster_drop(strided, labels, keep), cluster_drop(x, labels, keep))
+
+
+def test_leaves_its_arguments_alone():
+    arguments = make_problem()
+    before = [value.clone() for value in arguments]
+    cluster_drop(*arguments)
+    assert all(map(torch.equal, arguments, before))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.618])
+def test_each_feature_drops_with_drop_prob_whatever_the_size_of_its_cluster(shift):
+    torch.manual_seed(0)
+    sizes, draws, drop_prob = (1, 2, 13, 200), 20_000, 0.3
+    labels = torch.arange(4).repeat_interleave(torch.tensor(sizes))[None]
+    keep = draw_keep_table((draws, 1, 4), drop_prob, shift=shift)
+    dropped = cluster_drop(torch.ones(1, 1, 1).expand(draws, 1, sum(sizes)), labels, keep) == 0
+    error = math.sqrt(drop_prob * (1 - drop_prob) / draws)
+    assert (dropped.float().mean(0) - drop_prob).abs().max() < 4 * error
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_all_clusters_dropped_give_zeros_forward_and_backward(dtype):
+    x, labels, keep = make_problem()
+    x = x.to(dtype).requires_grad_()
+    out = cluster_drop(x, labels, torch.zeros_like(keep))
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert not out.any()
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_drop_prob_zero_is_the_identity_to_the_last_bit(dtype):
+    x, labels, keep = make_problem()
+    x = x.to(dtype)
+    x.flatten()[:3] = torch.tensor([-0.0, torch.inf, -torch.inf])
+    out = cluster_drop(x, labels, draw_keep_table(tuple(keep.shape), 0.0))
+    assert torch.equal(out.view(torch.uint8), x.view(torch.uint8))
+
+
+@pytest.mark.parametrize("scale", [None, 1.5])
+def test_backward_keeps_only_table_labels_and_a_scalar(scale):
+    x, labels, keep = make_problem(samples=4, channels=8, spatial=(16, 16), clusters=5)
+    labels, saved = labels.byte(), []
+    with saved_tensors_hooks(lambda tensor: saved.append(tensor.nbytes) or tensor, lambda tensor: tensor):
+        cluster_drop(x.requires_grad_(), labels, keep, scale=scale)
+    assert sum(saved) == labels.nbytes + keep.nbytes + 4
+
+
+def test_a_scale_given_as_tensor_equals_the_number():
+    problem = make_problem()
+    assert torch.equal(cluster_drop(*problem, scale=torch.tensor(1.25)), cluster_drop(*problem, scale=1.25))
+
+
+def test_sizes_counted_before_give_the_same_result():
+    x, labels, keep = make_problem()
+    sizes = cluster_sizes(labels, *keep.shape[1:])
+    assert torch.equal(cluster_drop(x, labels, keep, sizes=sizes), cluster_drop(x, labels, keep))
+
+
+@given(st.integers(2, 24), st.integers(1, 40), st.integers(2, 12), st.integers(1, 12))
+@settings(deadline=None)
+def test_labels_resize_as_torch_does_by_nearest(height, new_height, width, new_width):
+    labels = torch.arange(height * width).reshape(1, height, width)
+    expected = interpolate(labels[None].double(), size=(new_height, new_width), mode="nearest")[0].long()
+    assert torch.equal(resize_labels(labels, (new_height, new_width)), expected)
+
+
+@pytest.mark.parametrize("spatial", SPATIAL, ids=["1d", "2d", "3d"])
+def test_labels_resize_in_every_number_of_dimensions(spatial):
+    labels = torch.arange(2 * math.prod(spatial)).reshape(2, *spatial)
+    double = tuple(2 * size for size in spatial)
+    expected = interpolate(labels[None].double(), size=double, mode="nearest")[0].long()
+    assert torch.equal(resize_labels(labels, double), expected)
+
+
+@pytest.mark.parametrize(("old", "new"), [((3, 4), (3, 4)), ((1, 1), (5, 6))])
+def test_labels_that_need_no_resizing_are_handed_back(old, new):
+    labels = torch.zeros(2, *old, dtype=torch.uint8)
+    assert resize_labels(labels, new) is labels
+
+
+def test_labels_of_another_number_of_dimensions_raise():
+    with pytest.raises(ValueError, match="zip"):
+        resize_labels(torch.zeros(1, 3, 4, dtype=torch.int64), (5,))
+
+
+def test_other_spatial_sizes_drop_and_rescale_by_the_resized_labels():
+    _, labels, keep = make_problem(spatial=(3, 5))
+    larger = torch.ones(3, 4, 7, 8)
+    resized = interpolate(labels[None].double(), size=(7, 8), mode="nearest")[0].long()
+    out = cluster_drop(larger, labels, keep, sizes=cluster_sizes(labels, 4, 3))
+    mask = naive_mask(larger, resized, keep)
+    torch.testing.assert_close(out, mask * mask.numel() / mask.sum())
+
+
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 6), st.integers(0, 99))
+def test_sizes_are_counts(groups, features, clusters, seed):
+    labels = torch.randint(clusters, (groups, features), generator=torch.Generator().manual_seed(seed))
+    counts = torch.stack([row.bincount(minlength=clusters) for row in labels])
+    assert torch.equal(cluster_sizes(labels, groups, clusters), counts.float())
+
+
+def test_the_shift_adds_to_the_uniform_draw_modulo_one():
+    torch.manual_seed(3)
+    uniform = torch.rand(50, 4, 5)
+    torch.manual_seed(3)
+    keep = draw_keep_table((50, 4, 5), 0.4, shift=0.618)
+    assert torch.equal(keep, (uniform + 0.618).frac() >= 0.4)
+
+
+def test_ranks_seeded_alike_draw_apart():
+    tables = []
+    for rank in range(3):
+        torch.manual_seed(0)
+        tables.append(draw_keep_table((8, 4, 16), 0.5, shift=rank * 0.618 % 1.0))
+    for one, other in itertools.combinations(tables, 2):
+        assert 0.1 < (one == other).float().mean() < 0.9
+
+
+def test_a_drop_prob_given_as_tensor_draws_the_same():
+    torch.manual_seed(0)
+    by_number = draw_keep_table((5, 4, 3), 0.25)
+    torch.manual_seed(0)
+    assert torch.equal(draw_keep_table((5, 4, 3), torch.tensor(0.25)), by_number)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_compiled_equals_eager_without_a_graph_break(scope):
+    torch.compiler.reset()
+    x, labels, keep = make_problem(scope)
+    compiled = torch.compile(cluster_drop, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (cluster_drop, compiled):
+        leaf = x.clone().requires_grad_()
+        out = function(leaf, labels, keep)
+        out.pow(2).sum().backward()
+        results.append((out.detach(), leaf.grad))
+    torch.testing.assert_close(results[1], results[0])

@@ -1,0 +1,79 @@
+"""The callback from YAML, through LightningCLI of both namespaces."""
+
+import importlib
+
+import pytest
+from fits import make_loader, tiny_resnet
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import SGD
+
+from lightning_dropcluster import DropCluster, TorchKMeans
+
+CONFIG = """
+trainer:
+  max_epochs: 2
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: lightning_dropcluster.DropCluster
+      init_args:
+        layers: "layer[12].*.conv2"
+        drop_prob: 0.2
+        start: 0.0
+        every_n_train_steps: 4
+        num_samples: 8
+    - class_path: lightning_dropcluster.DropCluster
+      init_args:
+        layers: [conv1, "layer3.*.conv1"]
+        start: 1
+        cluster_size: 8
+        scope: position
+        schedule: cosine
+        num_samples: 8
+        clusterer:
+          class_path: lightning_dropcluster.TorchKMeans
+          init_args: {max_iter: 7}
+        layer_types: [torch.nn.Conv2d, torch.nn.BatchNorm2d]
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning 2.6 lags behind jsonargparse
+@pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
+def test_yaml(namespace, tmp_path, monkeypatch):
+    lightning = pytest.importorskip(namespace)
+    cli = importlib.import_module(f"{namespace}.cli")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny_resnet()
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return SGD(self.parameters(), lr=0.01)
+
+    class Data(lightning.LightningDataModule):
+        def train_dataloader(self):
+            return make_loader()
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    ran = cli.LightningCLI(
+        Module,
+        Data,
+        save_config_callback=None,
+        seed_everything_default=False,
+        args=["fit", "--config", str(tmp_path / "config.yaml")],
+    )
+    first, second = (c for c in ran.trainer.callbacks if isinstance(c, DropCluster))
+    assert list(first.labels) == ["model.layer1.0.conv2", "model.layer2.0.conv2"]
+    assert list(second.labels) == ["model.conv1", "model.layer3.0.conv1"]
+    assert isinstance(second._layers.clusterer, TorchKMeans)
+    assert second._layers.clusterer.max_iter == 7
+    assert second.layer_types == [nn.Conv2d, nn.BatchNorm2d]

@@ -1,0 +1,181 @@
+import pytest
+import torch
+
+from lightning_dropcluster.regularizers import Gathering
+from lightning_dropcluster.scopes import SCOPES
+from lightning_dropcluster.sketch import Sketch
+from lightning_dropcluster.window import GatheringWindow, merge_over_ranks
+
+SHAPE = (2, 3, 4)
+
+
+def make_x(samples=8, shape=SHAPE, seed=0):
+    return torch.randn(samples, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_window(*names, **options):
+    settings = {"scope": SCOPES["map"], "number": 0, "num_samples": 20, "sketch_dim": 16, "seed": 0}
+    gatherings = {name: Gathering() for name in names or ("stem",)}
+    return GatheringWindow(gatherings, device=torch.device("cpu"), **(settings | options))
+
+
+def step(window, batches):
+    """Do what a training step does: arm, then one call of each layer."""
+    window.arm()
+    for name, batch in batches.items():
+        window.gatherings[name].first_call = True
+        window.gatherings[name](batch)
+
+
+def test_layers_get_a_sketch_once_their_shape_is_known():
+    window = make_window("stem", "late")
+    step(window, {"stem": make_x()})
+    assert [gathering.sketch for gathering in window.gatherings.values()] == [None, None]
+    step(window, {"stem": make_x()})
+    assert window.gatherings["stem"].sketch.count == 8
+    assert window.gatherings["late"].sketch is None
+
+
+def test_arming_again_keeps_what_was_gathered():
+    window = make_window()
+    for _ in range(3):
+        step(window, {"stem": make_x()})
+    assert window.gatherings["stem"].sketch.count == 16
+
+
+def test_is_full_when_the_layer_that_saw_most_saw_enough():
+    window, full = make_window("stem", "late"), []
+    for batch in ({"stem": make_x(), "late": make_x()}, {"stem": make_x()}, {"stem": make_x(4)}):
+        step(window, batch)
+        full.append(window.is_full())
+    step(window, {"stem": make_x()})
+    assert [*full, window.is_full()] == [False, False, False, True]
+
+
+def test_a_window_without_a_sketch_is_not_full():
+    assert not make_window().is_full()
+
+
+def test_closing_takes_the_sketches_and_leaves_nothing_behind():
+    window = make_window("stem", "late")
+    for _ in range(2):
+        step(window, {"stem": make_x()})
+    sketches = window.close()
+    assert [*sketches] == ["stem"]
+    assert sketches["stem"].count == 8
+    assert all(gathering.sketch is None for gathering in window.gatherings.values())
+    assert window.close() == {}
+
+
+def test_sketches_are_made_with_the_settings_of_the_window():
+    window = make_window(scope=SCOPES["channel"], number=3, num_samples=7, sketch_dim=5, seed=11)
+    for _ in range(2):
+        step(window, {"stem": make_x()})
+    expected = Sketch(SHAPE, scope="channel", num_samples=7, sketch_dim=5, seed=11, window=3)
+    expected.update(make_x())
+    made = window.merge()["stem"]
+    assert torch.equal(made.profiles(), expected.profiles())
+    assert made.count == 7
+
+
+def test_a_batch_of_another_size_is_left_out():
+    window = make_window()
+    for samples, width in ((1, 4), (8, 4), (8, 6), (8, 4)):
+        step(window, {"stem": make_x(samples, (2, 3, width))})
+        assert window.has_changed_size == (width == 6)
+    assert window.merge()["stem"].count == 16
+
+
+def test_the_first_batch_of_the_window_sets_its_size():
+    window = make_window()
+    step(window, {"stem": make_x(1, (2, 3, 6))})
+    step(window, {"stem": make_x()})
+    assert not window.is_full()
+    assert window.gatherings["stem"].sketch is None
+    step(window, {"stem": make_x()})
+    assert window.gatherings["stem"].sketch.shape == SHAPE
+    assert window.gatherings["stem"].sketch.count == 8
+
+
+def test_a_layer_that_never_ran_is_named_and_left_out():
+    window = make_window("stem", "late")
+    for _ in range(2):
+        step(window, {"stem": make_x()})
+    with pytest.warns(UserWarning, match="layer 'late' was not gathered"):
+        assert [*window.merge()] == ["stem"]
+
+
+def test_a_layer_that_did_not_run_in_this_window_keeps_its_labels():
+    window = make_window("stem", "late")
+    step(window, {"stem": make_x(), "late": make_x()})
+    step(window, {"stem": make_x()})
+    with pytest.warns(UserWarning, match="layer 'late' did not run while the window was open"):
+        assert [*window.merge()] == ["stem"]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e19])
+def test_a_layer_with_unusable_values_is_named_and_left_out(value):
+    window, bad = make_window("stem", "late"), make_x()
+    bad[3, 1, 1, 1] = value
+    for _ in range(2):
+        step(window, {"stem": make_x(), "late": bad})
+    with pytest.warns(UserWarning, match="activations of layer 'late' were NaN, infinite or huge"):
+        assert [*window.merge()] == ["stem"]
+
+
+def test_values_beyond_the_last_sample_cannot_spoil_the_window():
+    window, batch = make_window(num_samples=4), make_x()
+    batch[6] = torch.nan
+    for _ in range(2):
+        step(window, {"stem": batch})
+    assert [*window.merge()] == ["stem"]
+
+
+def test_a_window_goes_on_from_its_state_to_the_last_bit():
+    whole, saved, resumed = make_window(), make_window(), make_window()
+    batches = [{"stem": make_x(seed=seed)} for seed in range(4)]
+    for batch in batches:
+        step(whole, batch)
+    for batch in batches[:2]:
+        step(saved, batch)
+    resumed.load_state_dict(saved.state_dict())
+    for batch in batches[2:]:
+        step(resumed, batch)
+    one, other = whole.merge()["stem"], resumed.merge()["stem"]
+    assert torch.equal(one.profiles(), other.profiles())
+    assert one.count == other.count == 20
+
+
+def test_its_state_is_tensors_and_plain_scalars(tmp_path):
+    window = make_window()
+    for _ in range(2):
+        step(window, {"stem": make_x()})
+    torch.save(window.state_dict(), tmp_path / "window.pt")
+    state = torch.load(tmp_path / "window.pt", weights_only=True)
+    assert state["stem"]["shape"] == [*SHAPE]
+    assert state["stem"]["count"] == 8
+
+
+def test_state_of_layers_that_are_gone_is_passed_over():
+    saved, resumed = make_window("stem", "gone"), make_window("stem")
+    for _ in range(2):
+        step(saved, {"stem": make_x(), "gone": make_x()})
+    resumed.load_state_dict(saved.state_dict())
+    assert resumed.gatherings["stem"].sketch.count == 8
+
+
+def test_state_of_other_settings_is_named_and_starts_again():
+    saved, resumed = make_window(), make_window(sketch_dim=8)
+    for _ in range(2):
+        step(saved, {"stem": make_x()})
+    with pytest.warns(UserWarning, match="sketch of layer 'stem' was made with other settings"):
+        resumed.load_state_dict(saved.state_dict())
+    assert resumed.gatherings["stem"].sketch is None
+
+
+def test_merging_over_one_rank_changes_nothing():
+    sketch = Sketch(SHAPE)
+    sketch.update(make_x())
+    before = {name: value.clone() for name, value in sketch.state_dict().items()}
+    merge_over_ranks(sketch)
+    assert all(torch.equal(value, before[name]) for name, value in sketch.state_dict().items())
