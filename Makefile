@@ -28,6 +28,10 @@ demo: .venv/.installed ## Train a timm model on real images with the callback an
 test: .venv/.installed ## Run all tests, with coverage
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=95 $(PYTEST_ARGS)
 
+.PHONY: test-long
+test-long: .venv/.installed ## Run the tests that take minutes: the timm zoo, ranks, kills, fuzz
+	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+
 .PHONY: lint
 lint: .venv/.installed ## Check style, types and the import contract
 	$(BIN)/ruff check .

@@ -3,7 +3,8 @@
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -253,6 +254,40 @@ class DropCluster(_Base):
         """Take all hooks off; the labels stay. Nothing happens where no hook is on."""
         self._layers.detach()
         self._drop_prob_now = 0.0
+
+    # Uncertainty
+
+    @contextmanager
+    def sampling(self, model: nn.Module, drop_prob: float | None = None) -> Iterator[nn.Module]:
+        """Drop clusters at test time too, with a draw for each sample: Monte Carlo dropout.
+
+        Source: Gal and Ghahramani 2016, https://arxiv.org/abs/1506.02142; with structured dropout
+        https://arxiv.org/abs/1906.09551. Put the model in eval mode, so that BatchNorm keeps its averages.
+
+        Args:
+            model: the LightningModule, a copy of it, or the bare model that it holds.
+            drop_prob: probability in [0, 1) that a cluster is dropped; this callback's where it is ``None``.
+
+        Yields:
+            The model. Outside the ``with`` statement it is as it was before.
+
+        Raises:
+            ValueError: where there are no clusters yet, the model lacks a layer, or ``drop_prob`` is out of
+                range.
+
+        Example:
+            >>> def predict(callback, model, x):
+            ...     with callback.sampling(model.eval()):
+            ...         return torch.stack([model(x).softmax(1) for _ in range(20)]).mean(0)
+        """
+        used = self.drop_prob if drop_prob is None else drop_prob
+        used = check_number("drop_prob", used, 0, 1, high_open=True)
+        sampler = self._layers.make_sampler(model, used)
+        try:
+            sampler.attach(model)
+            yield model
+        finally:
+            sampler.detach()
 
     # Checkpoints
 

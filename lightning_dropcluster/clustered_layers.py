@@ -15,6 +15,7 @@ from lightning_dropcluster.clustering.protocol import count_clusters, settle
 from lightning_dropcluster.clusters import Clusters, check_channels, smallest_table
 from lightning_dropcluster.functional import cluster_sizes
 from lightning_dropcluster.injection import Injection
+from lightning_dropcluster.layers import find_layers
 from lightning_dropcluster.reclustering import Grouping, Reclustering, cluster_share
 from lightning_dropcluster.regularizers import ClusterDrop, Gathering
 from lightning_dropcluster.scopes import SCOPES, Shape
@@ -210,6 +211,31 @@ class ClusteredLayers:
         grid, profiles = self.scope.grid(sketch.shape), sketch.profiles()
         settle(self.clusterer.fit(profiles, 3, init_labels=None, grid=grid), profiles, 3, grid)
 
+    def make_sampler(self, model: nn.Module, drop_prob: float) -> Injection:
+        """Make hooks that drop the clusters in eval mode too, with a draw for each sample.
+
+        Args:
+            model: the LightningModule, a copy of it, or the bare model.
+            drop_prob: probability that a cluster is dropped.
+
+        Returns:
+            Hooks that are not attached yet.
+
+        Raises:
+            ValueError: where there are no clusters yet, or the model lacks a layer.
+        """
+        if not self.clusters:
+            raise ValueError("sampling: there are no clusters yet; fit first, or load a state")
+        layers = find_layers(model, self.clusters)
+        drops = {}
+        for name, layer in layers.items():
+            check_channels(self.clusters[name], layer, name)
+            weight = next(layer.parameters(), torch.empty(0))
+            table = self.clusters[name].table.to(weight.device)
+            drops[name] = self._make_drop(Clusters(table, self.clusters[name].shape), per_sample=True)
+            drops[name].set_drop_prob(drop_prob)
+        return Injection(layers, drops, in_eval=True)
+
     def state_dict(self) -> dict[str, Any]:
         """Return small tensors and plain scalars, equal on every rank.
 
@@ -320,13 +346,13 @@ class ClusteredLayers:
         table = torch.zeros(self.scope.label_shape(shape), dtype=torch.uint8, device=self._device)
         return Clusters(table, shape)
 
-    def _make_drop(self, clusters: Clusters) -> ClusterDrop:
+    def _make_drop(self, clusters: Clusters, per_sample: bool | None = None) -> ClusterDrop:
         return ClusterDrop(
             clusters.table,
             0.0,
             num_clusters=max(self.grouping.clusters_for(clusters.shape), int(clusters.table.max()) + 1),
             per_map=self.scope.per_map,
-            per_sample=self.per_sample,
+            per_sample=self.per_sample if per_sample is None else per_sample,
             rescale=self.rescale,
             shift=0.618 * ranks.rank() % 1.0,
         )

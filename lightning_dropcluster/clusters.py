@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_dropcluster.clustering.protocol import INTEGERS
 from lightning_dropcluster.regularizers.cluster_drop import smallest_integer_type
 from lightning_dropcluster.scopes import Scope, Shape
-
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ def _pack(table: Tensor, shape: Shape, scope: Scope, name: str) -> Clusters:
 
 
 def _check_integers(labels: Any, name: str) -> None:
-    if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
+    if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
         raise TypeError(f"labels of layer {name!r}: must be an integer tensor, not {_brief(labels)}")
 
 

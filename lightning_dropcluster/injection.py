@@ -19,6 +19,7 @@ class Injection:
         layers: name to layer.
         regularizers: a module x -> x for each of these names; it is not registered in the model, so the
             model's state_dict does not know of it.
+        in_eval: whether to act while the layer is in eval mode too.
 
     Raises:
         ValueError: where the names differ.
@@ -32,13 +33,19 @@ class Injection:
         0
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], regularizers: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        regularizers: Mapping[str, nn.Module],
+        *,
+        in_eval: bool = False,
+    ) -> None:
         if set(layers) != set(regularizers):
             raise ValueError(
                 f"regularizers={sorted(regularizers)}: must name the same layers as layers={sorted(layers)}"
             )
         self.layers = dict(layers)
-        self._hooks = {name: _Hook(name, layers[name], regularizers[name]) for name in layers}
+        self._hooks = {name: _Hook(name, layers[name], regularizers[name], in_eval) for name in layers}
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -89,14 +96,14 @@ class Injection:
 class _Hook:
     """A forward hook that hands the output of a layer in training mode to a regulariser."""
 
-    def __init__(self, name: str, layer: nn.Module, regularizer: nn.Module) -> None:
-        self.name, self.regularizer = name, regularizer
+    def __init__(self, name: str, layer: nn.Module, regularizer: nn.Module, in_eval: bool) -> None:
+        self.name, self.regularizer, self.in_eval = name, regularizer, in_eval
         self.fired = False
         # A conv says how many dimensions a batch has; of other layers anything with a batch will do.
         self.num_dims = len(layer.kernel_size) + 2 if isinstance(layer, _ConvNd) else None
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        if not module.training:
+        if not (module.training or self.in_eval):
             return None
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise TypeError(

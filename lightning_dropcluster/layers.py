@@ -66,6 +66,32 @@ def select_layers(
     return {name: names[name] for name in unique.values()}
 
 
+def find_layers(root: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Return the layers of these full names, in a LightningModule or in the bare model that it holds.
+
+    Args:
+        root: the LightningModule that the names come from, a copy of it, or its one model.
+        names: as `select_layers` gave them.
+
+    Returns:
+        Name to module. In a bare model the names count without their first segment.
+
+    Raises:
+        ValueError: where the model has no such layer; the message lists the nearest names.
+
+    Example:
+        >>> list(find_layers(nn.ModuleDict({"stem": nn.Conv2d(3, 8, 3)}), ["model.stem"]))
+        ['model.stem']
+    """
+    there = _module_names(root)
+    found = {name: there.get(name, there.get(name.partition(".")[2])) for name in names}
+    for name, module in found.items():
+        if module is None:
+            near = ", ".join(nearest_names(name, there)) or "none"
+            raise ValueError(f"model: there is no layer {name!r} in {type(root).__name__}; nearest: {near}")
+    return {name: module for name, module in found.items() if module is not None}
+
+
 def check_patterns(layers: Pattern | Sequence[Pattern]) -> list[Pattern]:
     """Return the patterns as a list.
 

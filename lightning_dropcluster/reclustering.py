@@ -1,5 +1,6 @@
 """Reclustering: from merged sketches to new labels, with the problems shared out over ranks."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -98,13 +99,22 @@ class Reclustering:
             device: where the process group's tensors live.
 
         Returns:
-            Name to labels (B, F) int32, equal on every rank.
+            Name to labels (B, F) int32, equal on every rank; none, with a warning, where any rank ran out of
+            memory: training can go on with the old labels.
 
         Raises:
             Exception: what the clusterer raised here.
             RuntimeError: where another rank failed.
         """
-        ranks.raise_together(self._labels.exception(), device)
+        error = self._labels.exception()
+        lacks_memory = error is not None and _is_out_of_memory(error)
+        ranks.raise_together(None if lacks_memory else error, device)
+        if int(ranks.sum_over_ranks(torch.tensor(int(lacks_memory), device=device))):
+            if ranks.rank() == 0:
+                warnings.warn(
+                    f"DropCluster: out of memory in reclustering; the old labels stay ({error})", stacklevel=2
+                )
+            return {}
         return {name: ranks.sum_over_ranks(labels) for name, labels in self._labels.result().items()}
 
     def abandon(self) -> None:
@@ -157,6 +167,16 @@ def _cluster(
         old = old.long().clamp(max=count - 1)
     labels = clusterer.fit(points, count, init_labels=old, grid=grid)
     return settle(labels, profiles, count, grid).int()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Torch and Python have types for it, FAISS only words."""
+    words = str(error).lower()
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or "out of memory" in words
+        or "bad_alloc" in words
+    )
 
 
 def _my_block(problems: int, position: int) -> slice:

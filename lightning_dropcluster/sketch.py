@@ -1,5 +1,6 @@
 """The sketch: a layer's response profiles in memory that does not grow with the number of samples."""
 
+import math
 from typing import TypeVar
 
 import torch
@@ -92,8 +93,11 @@ class Sketch(nn.Module):
         Args:
             x: (N, C, *spatial) of the sketch's shape, any floating type; it is not changed.
         """
+        if not len(x):
+            return
         with torch.autocast(x.device.type, enabled=False):
-            rows = self.scope.rows(x.detach().float().reshape(len(x), self.shape[0], -1))
+            maps = x.detach().float().reshape(len(x), self.shape[0], math.prod(self.shape[1:]))
+            rows = self.scope.rows(maps)
             self.origin.copy_(torch.where(self.count == 0, rows[0], self.origin))
             weights = self._weights(len(x))
             # Not left to the zero weights: 0 x inf is NaN.
@@ -151,7 +155,7 @@ class Sketch(nn.Module):
         # 1 / (rows + 1) of its mean square: anything far below is rounding.
         variance = self.squares - sums.square() / rows
         alive = variance > 0.1 / (rows + 1) * self.squares
-        unit = F.normalize(centred) * alive.unsqueeze(1)
+        unit = F.normalize(centred, eps=torch.finfo(torch.float32).tiny) * alive.unsqueeze(1)
         return unit.reshape(*self.scope.problems(self.shape), self.sketch_dim)
 
     def _weights(self, num_samples: int) -> Tensor:

@@ -550,3 +550,57 @@ def test_detection_like_models_call_a_layer_many_times(loader):
     callback = make_callback("head", start=0.0, num_samples=8)
     make_trainer(callback, max_epochs=2).fit(Classifier(Pyramid()), loader)
     assert callback.labels["model.head"].shape == (4, 32, 32)
+
+
+def test_sampling_drops_at_test_time_and_leaves_nothing(loader):
+    callback, module = make_callback("conv1"), Classifier()
+    make_trainer(callback).fit(module, loader)
+    x, hooks = torch.randn(4, 3, 32, 32), count_hooks(module)
+    for model in (module.eval(), module.model, copy.deepcopy(module)):
+        plain = model(x)
+        with callback.sampling(model) as sampled:
+            first, second = sampled(x), sampled(x)
+        assert not torch.equal(first, second)
+        assert torch.equal(model(x), plain)
+    with callback.sampling(module, drop_prob=0.0):
+        assert torch.equal(module(x), module.model(x))
+    with pytest.raises(Boom), callback.sampling(module):
+        raise Boom
+    assert count_hooks(module) == hooks
+    same = torch.randn(1, 3, 32, 32).expand(8, -1, -1, -1)
+    with callback.sampling(module):
+        assert len(module(same)[:, 0].unique()) > 1
+
+
+def test_sampling_needs_clusters_and_their_layers(loader):
+    with pytest.raises(ValueError, match="there are no clusters yet"), make_callback().sampling(Classifier()):
+        pass
+    callback = make_callback("conv1")
+    make_trainer(callback).fit(Classifier(), loader)
+    with (
+        pytest.raises(ValueError, match=r"no layer 'model\.conv1' in Linear"),
+        callback.sampling(nn.Linear(1, 1)),
+    ):
+        pass
+    with pytest.raises(ValueError, match=r"drop_prob=1: must be a number in \[0, 1\)"):
+        callback.sampling(Classifier(), 1).__enter__()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("no"), RuntimeError("CUDA out of memory"), torch.OutOfMemoryError()]
+)
+def test_training_goes_on_where_reclustering_runs_out_of_memory(loader, error, monkeypatch):
+    def fail(*args):
+        raise error
+
+    callback, seen = make_callback(), []
+
+    def look(trainer, module):
+        seen.append(callback.labels)
+        if trainer.global_step == 8:
+            monkeypatch.setattr("lightning_dropcluster.reclustering._cluster", fail)
+
+    with pytest.warns(UserWarning, match="out of memory in reclustering; the old labels stay"):
+        make_trainer(callback, At(look)).fit(Classifier(), loader)
+    assert equal(seen[7], seen[-1])
+    assert seen[7]

@@ -267,3 +267,16 @@ def test_compiled_update_equals_eager_without_a_graph_break(scope, sketch_dim):
 def test_an_unknown_scope_raises():
     with pytest.raises(KeyError, match="pixel"):
         Sketch((2, 3), scope="pixel")
+
+
+def test_an_empty_batch_changes_nothing():
+    sketch = Sketch((1, 2), num_samples=4)
+    before = {name: value.clone() for name, value in sketch.state_dict().items()}
+    sketch.update(torch.zeros(0, 1, 2))
+    assert all(torch.equal(value, before[name]) for name, value in sketch.state_dict().items())
+
+
+def test_profiles_of_tiny_activations_have_unit_length():
+    sketch = Sketch((1, 8), num_samples=8, sketch_dim=8)
+    sketch.update(torch.randn(8, 1, 8, generator=torch.Generator().manual_seed(0)) * 1e-14)
+    torch.testing.assert_close(sketch.profiles().norm(dim=2), torch.ones(1, 8))

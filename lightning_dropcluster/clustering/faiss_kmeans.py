@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 
 import numpy as np
-import torch  # before faiss: in the other order FAISS's thread settings would leak into torch
+import torch  # before faiss, which then finds the CUDA libraries that torch brings
 from numpy.typing import NDArray
 from torch import Tensor
 

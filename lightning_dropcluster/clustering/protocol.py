@@ -5,6 +5,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 @runtime_checkable
 class Clusterer(Protocol):
@@ -52,7 +54,7 @@ def settle(
         TypeError: where the labels are no integer tensor.
         ValueError: where their shape or range is wrong.
     """
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+    if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
         kind = f"a {labels.dtype} tensor" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
         raise TypeError(f"clusterer: fit must return an integer tensor, but returned {kind}")
     if labels.shape != profiles.shape[:2]:
@@ -130,9 +132,8 @@ def nearest_alive(alive: Tensor, grid: tuple[int, ...]) -> Tensor:
     """
     items = torch.arange(alive.shape[1], device=alive.device)
     nearest = torch.where(alive, items, -1).reshape(-1, *grid)
-    for _ in range(sum(grid)):
-        if (nearest >= 0).all():
-            break
+    reachable = alive.any(dim=1)
+    while (nearest[reachable] < 0).any():
         nearest = _spread(nearest)
     return nearest.flatten(1)
 

@@ -20,8 +20,8 @@ def repair(points: Points, labels: Labels, num_clusters: int, min_share: float) 
         min_share: clusters below this share of the mean size F / K are merged; in [0, 0.5].
 
     Returns:
-        Labels (F,). Every cluster has a member, unless there are fewer than K distinct points: then each
-        distinct point is a cluster, numbered from 0.
+        Labels (F,) in [0, num_clusters). Every cluster has a member, unless there are fewer than K distinct
+        points.
     """
     sizes = np.bincount(labels, minlength=num_clusters)
     smallest = max(1, int(min_share * len(points) / num_clusters))
