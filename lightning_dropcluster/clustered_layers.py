@@ -15,7 +15,7 @@ from lightning_dropcluster.clustering.protocol import count_clusters, settle
 from lightning_dropcluster.clusters import Clusters, check_channels, smallest_table
 from lightning_dropcluster.functional import cluster_sizes
 from lightning_dropcluster.injection import Injection
-from lightning_dropcluster.layers import find_layers
+from lightning_dropcluster.layers import CONV_LAYERS, find_layers
 from lightning_dropcluster.reclustering import Grouping, Reclustering, cluster_share
 from lightning_dropcluster.regularizers import ClusterDrop, Gathering
 from lightning_dropcluster.scopes import SCOPES, Shape
@@ -115,13 +115,17 @@ class ClusteredLayers:
     def open_window(self) -> None:
         """Start to gather, unless a window is open already or its labels are still awaited.
 
-        A window whose layers have changed their size since it was opened starts again.
+        A window whose layers have changed their size since it was opened, on any rank, starts again: every
+        rank must call this.
         """
-        if self.reclustering is None and (self.window is None or self.window.has_changed_size):
-            if self.window is not None:
-                self.window.close()
-            self.window = self._make_window(self.windows_opened)
-            self.windows_opened += 1
+        if self.reclustering is not None:
+            return
+        if self.window is not None:
+            if not ranks.any_rank(self.window.has_changed_size, self._device):
+                return
+            self.window.close()
+        self.window = self._make_window(self.windows_opened)
+        self.windows_opened += 1
 
     def begin_step(self, drop_prob: float) -> float:
         """Set what the hooks do in the coming step.
@@ -143,6 +147,7 @@ class ClusteredLayers:
                 gathering.regularizer = self._make_drop(self._no_clusters(gathering.sketch.shape))
             if isinstance(gathering.regularizer, ClusterDrop):
                 gathering.regularizer.set_drop_prob(used)
+                gathering.regularizer.inplace = _may_overwrite_output(self._modules[name])
         return drop_prob if self._gatherings.keys() & self.clusters.keys() else 0.0
 
     def end_step(self) -> dict[str, Report]:
@@ -180,17 +185,17 @@ class ClusteredLayers:
         return {name: self._adopt(name, labels[name], shapes[name]) for name in labels}
 
     def raise_if_silent(self) -> None:
-        """Make sure that every layer has run in training.
+        """Make sure that every layer has run in training; every rank must call this.
 
         Raises:
-            RuntimeError: where one has not, naming it.
+            RuntimeError: where one has not on any rank, naming it there.
         """
         silent = self._injection.silent() if self._injection is not None else []
-        if silent:
-            raise RuntimeError(
-                f"layers: {', '.join(map(repr, silent))} did not run in any training step so far; "
-                "choose layers whose forward the training step calls"
-            )
+        error = RuntimeError(
+            f"layers: {', '.join(map(repr, silent))} did not run in any training step so far; "
+            "choose layers whose forward the training step calls"
+        )
+        ranks.raise_together(error if silent else None, self._device)
 
     def in_eval_mode(self) -> list[str]:
         """Name the layers in eval mode, where nothing is dropped or gathered.
@@ -356,3 +361,8 @@ class ClusteredLayers:
             rescale=self.rescale,
             shift=0.618 * ranks.rank() % 1.0,
         )
+
+
+def _may_overwrite_output(layer: nn.Module) -> bool:
+    """A conv's backward pass does not need its output, nor does anybody else if no other hook saw it."""
+    return type(layer) in CONV_LAYERS and len(layer._forward_hooks) == 1

@@ -44,6 +44,19 @@ def from_rank(value: Tensor, source: int) -> Tensor:
     return value
 
 
+def any_rank(value: bool, device: torch.device) -> bool:
+    """Whether something holds on at least one rank; every rank must ask.
+
+    Args:
+        value: whether it holds here.
+        device: where the process group's tensors live.
+
+    Returns:
+        The same on every rank.
+    """
+    return bool(sum_over_ranks(torch.tensor(int(value), device=device)))
+
+
 def raise_together(error: BaseException | None, device: torch.device) -> None:
     """Raise on every rank where any rank failed, so that none waits for the others for ever.
 

@@ -77,19 +77,23 @@ class Reclustering:
             A reclustering whose labels are ready.
         """
         shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
-        labels = {name: labels.to(device) for name, labels in state["labels"].items()}
+        labels = {name: labels.to(device, copy=True) for name, labels in state["labels"].items()}
+        if ranks.rank():  # the ranks' shares are added up, and the state holds whole labels
+            labels = {name: torch.zeros_like(whole) for name, whole in labels.items()}
         return cls(shapes, lambda: labels, wait_steps=state["wait_steps"], in_background=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Wait for the labels and return them for a checkpoint; for a single process only.
 
         Returns:
-            Tensors and plain scalars.
+            Tensors and plain scalars; no labels where memory did not suffice, as `result` will warn.
         """
+        error = self._labels.exception()
+        labels = {} if error is not None and _is_out_of_memory(error) else self._labels.result()
         return {
             "wait_steps": self.wait_steps,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "labels": {name: labels.cpu() for name, labels in self._labels.result().items()},
+            "labels": {name: table.cpu() for name, table in labels.items()},
         }
 
     def result(self, device: torch.device) -> dict[str, Tensor]:
@@ -109,10 +113,11 @@ class Reclustering:
         error = self._labels.exception()
         lacks_memory = error is not None and _is_out_of_memory(error)
         ranks.raise_together(None if lacks_memory else error, device)
-        if int(ranks.sum_over_ranks(torch.tensor(int(lacks_memory), device=device))):
+        if ranks.any_rank(lacks_memory, device):
             if ranks.rank() == 0:
+                cause = error if lacks_memory else "on another rank"
                 warnings.warn(
-                    f"DropCluster: out of memory in reclustering; the old labels stay ({error})", stacklevel=2
+                    f"DropCluster: out of memory in reclustering; the old labels stay ({cause})", stacklevel=2
                 )
             return {}
         return {name: ranks.sum_over_ranks(labels) for name, labels in self._labels.result().items()}

@@ -604,3 +604,20 @@ def test_training_goes_on_where_reclustering_runs_out_of_memory(loader, error, m
         make_trainer(callback, At(look)).fit(Classifier(), loader)
     assert equal(seen[7], seen[-1])
     assert seen[7]
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_convs_own_output_is_overwritten_only_where_no_other_hook_sees_it(loader, watched):
+    pointers, module, callback = set(), Classifier(), make_callback("conv1", start=0.0)
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            gathering = callback._layers._gatherings["model.conv1"]
+            drop = gathering.regularizer
+            if drop is not None and callback.labels:
+                pointers.add(drop.inplace)
+
+    if watched:
+        module.model.conv1.register_forward_hook(lambda module, args, output: None)
+    make_trainer(callback, Watch()).fit(module, loader)
+    assert pointers == {not watched}

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_SLICE = 2**18  # features whose mask, 1 MiB of float32, stays in the cache
+
 
 def cluster_drop(
     x: Tensor,
@@ -13,6 +15,7 @@ def cluster_drop(
     *,
     scale: Tensor | float | None = None,
     sizes: Tensor | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     """Drop clusters of features and rescale what is kept.
 
@@ -34,10 +37,11 @@ def cluster_drop(
         scale: factor for what is kept; ``None`` for (number of features) / (number kept), counted over the
             batch.
         sizes: features per cluster (G, K) as `cluster_sizes` counts them, to save counting them again.
+        inplace: whether ``x`` itself may be overwritten; only where nobody else needs its values.
 
     Returns:
-        A tensor like ``x``: same shape, dtype, device and memory format. Where everything is dropped it is
-        zero, never NaN.
+        ``x`` itself, or a tensor like it: same shape, dtype, device and memory format. Where everything is
+        dropped it is zero, never NaN.
 
     Example:
         >>> x, labels = torch.ones(1, 1, 4), torch.tensor([[0, 0, 1, 1]])
@@ -51,7 +55,7 @@ def cluster_drop(
         scale = _kept_ratio(keep, sizes)
     elif not isinstance(scale, Tensor):
         scale = torch.tensor(scale, device=x.device)
-    return _ClusterDrop.apply(x, resized, keep, scale)  # pyright: ignore[reportReturnType]
+    return _ClusterDrop.apply(x, resized, keep, scale, inplace)  # pyright: ignore[reportReturnType]
 
 
 def draw_keep_table(
@@ -142,15 +146,17 @@ def _look_up(table: Tensor, index: Tensor, labels: Tensor) -> Tensor:
     return table.gather(-1, index).reshape(*table.shape[:-2], *labels.shape)
 
 
-def _multiply(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
-    """Multiply by the looked-up table; on a CPU sample by sample, since a mask then fits the cache."""
-    index = labels.reshape(keep.shape[1], -1).long()
+def _multiply(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor, inplace: bool) -> Tensor:
+    """Multiply by the looked-up table; on a CPU a few samples at a time, since a mask then fits the cache."""
+    index = labels.reshape(1, keep.shape[1], -1).long()
     table = keep.to(x.dtype) * scale.to(x.dtype)
     if x.device.type != "cpu" or torch.compiler.is_compiling() or len(table) != len(x):
-        return x * _look_up(table, index.expand(len(table), -1, -1), labels)
-    out = torch.empty_like(x)
-    for sample, row, target in zip(x, table, out, strict=True):
-        torch.mul(sample, _look_up(row, index, labels), out=target)
+        mask = _look_up(table, index.expand(len(table), -1, -1), labels)
+        return x.mul_(mask) if inplace else x * mask
+    out = x if inplace else torch.empty_like(x)
+    samples = max(1, _SLICE // max(1, x[:1].numel()))
+    for part, rows, target in zip(x.split(samples), table.split(samples), out.split(samples), strict=True):
+        torch.mul(part, _look_up(rows, index.expand(len(rows), -1, -1), labels), out=target)
     return out
 
 
@@ -158,13 +164,15 @@ class _ClusterDrop(torch.autograd.Function):
     """The product with a looked-up table is its own adjoint, so backward applies the function again."""
 
     @staticmethod
-    def forward(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
-        return _multiply(x, labels, keep, scale)
+    def forward(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor, inplace: bool) -> Tensor:
+        return _multiply(x, labels, keep, scale, inplace)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:4])
+        if inputs[4]:
+            ctx.mark_dirty(inputs[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _ClusterDrop.apply(grads[0], *ctx.saved_tensors), None, None, None
+        return _ClusterDrop.apply(grads[0], *ctx.saved_tensors, False), None, None, None, None

@@ -25,6 +25,7 @@ class ClusterDrop(nn.Module):
         rescale: ``"batch"`` scales what is kept by (number of features) / (number kept) over the batch,
             ``"expected"`` by 1 / (1 - drop_prob).
         shift: see `draw_keep_table`.
+        inplace: whether to overwrite the input; not under ``torch.compile``, which plans memory itself.
 
     Raises:
         ValueError: where an argument is out of its range.
@@ -49,12 +50,14 @@ class ClusterDrop(nn.Module):
         per_sample: bool = True,
         rescale: str = "batch",
         shift: float = 0.0,
+        inplace: bool = False,
     ) -> None:
         super().__init__()
         if rescale not in RESCALES:
             raise ValueError(f"rescale={rescale!r}: must be one of {', '.join(RESCALES)}")
         self.num_clusters = num_clusters if num_clusters is not None else int(labels.max()) + 1
         self.per_map, self.per_sample, self.rescale, self.shift = per_map, per_sample, rescale, shift
+        self.inplace = inplace
         dtype = smallest_integer_type(self.num_clusters)
         self.register_buffer("labels", torch.zeros(labels.shape, dtype=dtype, device=labels.device))
         self.register_buffer("sizes", torch.zeros(self._num_groups, self.num_clusters, device=labels.device))
@@ -121,7 +124,8 @@ class ClusterDrop(nn.Module):
         shape = (len(x) if self.per_sample else 1, self._num_groups, self.num_clusters)
         keep = draw_keep_table(shape, self.drop_prob, device=x.device, shift=self.shift)
         scale = None if self.rescale == "batch" else 1.0 / (1.0 - self.drop_prob)
-        return cluster_drop(x, self.labels, keep, scale=scale, sizes=self.sizes)
+        inplace = self.inplace and not torch.compiler.is_compiling()
+        return cluster_drop(x, self.labels, keep, scale=scale, sizes=self.sizes, inplace=inplace)
 
     def extra_repr(self) -> str:
         """Return the settings, as `repr` shows them."""

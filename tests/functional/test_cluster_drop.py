@@ -282,3 +282,19 @@ def test_compiled_equals_eager_without_a_graph_break(scope):
         out.pow(2).sum().backward()
         results.append((out.detach(), leaf.grad))
     torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_in_place_changes_nothing_but_memory(memory_format):
+    conv = torch.nn.Conv2d(2, 3, 3)
+    images = torch.randn(5, 2, 9, 8).to(memory_format=memory_format)
+    labels, keep = torch.randint(4, (3, 7, 6)), torch.rand(5, 3, 4) > 0.5
+    results = []
+    for inplace in (False, True):
+        x = conv(images)
+        out = cluster_drop(x, labels, keep, inplace=inplace)
+        assert (out.data_ptr() == x.data_ptr()) == inplace
+        conv.zero_grad()
+        out.square().sum().backward()
+        results.append((out.detach(), conv.weight.grad.clone()))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
