@@ -41,6 +41,9 @@ else:
 
     _Base = type("_Base", _callback_bases(), {})
 
+_MAX_INT = 2**31 - 1  # FAISS has seeds and counts in C's int
+_MAX_POSITION_WEIGHT = 1e6  # where squares overflow, FAISS ends the process
+
 
 class DropCluster(_Base):
     """Drop clusters of features that respond alike, and learn the clusters during training.
@@ -79,7 +82,8 @@ class DropCluster(_Base):
         rescale: ``"batch"`` scales what is kept by (number of features) / (number kept) over the batch,
             ``"expected"`` by 1 / (1 - drop_prob).
         position_weight: above 0, the row and column of a feature count in the clustering; this is the
-            distance between opposite edges of a map, where uncorrelated profiles have a distance of 1.41.
+            distance between opposite edges of a map, where uncorrelated profiles have a distance of 1.41;
+            at most a million.
         overlap_steps: above 0, cluster in the background and switch to the labels that many steps later.
         layer_types: the module types that patterns may pick; conv layers where it is ``None``.
         initial_labels: labels to start from, as ``labels`` gives them, or the path of a checkpoint of an
@@ -126,7 +130,7 @@ class DropCluster(_Base):
         check_not_both("num_clusters", num_clusters, "cluster_size", cluster_size)
         check_choice("scope", scope, SCOPES)
         if num_clusters is not None:
-            most = MAX_LAYER_CLUSTERS if scope == "layer" else 2**31 - 1
+            most = MAX_LAYER_CLUSTERS if scope == "layer" else _MAX_INT
             num_clusters = check_number("num_clusters", num_clusters, 1, most, integer=True)
         if cluster_size is not None:
             cluster_size = check_number("cluster_size", cluster_size, 1)
@@ -135,17 +139,17 @@ class DropCluster(_Base):
             every_n_epochs = check_number("every_n_epochs", every_n_epochs, 0, integer=True)
         if every_n_train_steps is not None:
             every_n_train_steps = check_number("every_n_train_steps", every_n_train_steps, 0, integer=True)
-        num_samples = check_number("num_samples", num_samples, 1, integer=True)
-        sketch_dim = check_number("sketch_dim", sketch_dim, 1, integer=True)
+        num_samples = check_number("num_samples", num_samples, 1, _MAX_INT, integer=True)
+        sketch_dim = check_number("sketch_dim", sketch_dim, 1, _MAX_INT, integer=True)
         if clusterer is not None and not callable(getattr(clusterer, "fit", None)):
             raise TypeError(
                 f"clusterer={clusterer!r}: must have a method fit(profiles, num_clusters, init_labels, grid)"
             )
         check_bool("per_sample", per_sample)
         check_choice("rescale", rescale, RESCALES)
-        position_weight = check_number("position_weight", position_weight, 0)
+        position_weight = check_number("position_weight", position_weight, 0, _MAX_POSITION_WEIGHT)
         overlap_steps = check_number("overlap_steps", overlap_steps, 0, integer=True)
-        seed = check_number("seed", seed, 0, integer=True)
+        seed = check_number("seed", seed, 0, _MAX_INT, integer=True)
 
         self.layers, self.layer_types, self.drop_prob, self.scope = layers, layer_types, drop_prob, scope
         self._progress = Progress(start, make_schedule(schedule), every_n_epochs, every_n_train_steps)
@@ -164,13 +168,18 @@ class DropCluster(_Base):
         )
         self._drop_prob_now = 0.0
         self._loaded: dict[str, Any] | None = None
+        self._was_loaded = False
         self._log_prefix = "dropcluster"
 
     # What there is to see
 
     @property
     def labels(self) -> dict[str, Tensor]:
-        """The cluster of each feature: layer name to int64 labels (C, *spatial); empty before the first."""
+        """The cluster of each feature: layer name to int64 labels (C, *spatial); empty before the first.
+
+        With ``strategy="ddp_spawn"`` they stay in the spawned processes, since Lightning brings nothing of a
+        callback back: read them from a checkpoint, as ``initial_labels`` does.
+        """
         return {name: clusters.labels for name, clusters in self._layers.clusters.items()}
 
     @property
@@ -194,6 +203,12 @@ class DropCluster(_Base):
 
     # When things happen
 
+    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Forget an earlier training; not only later, since tuners save and restore the state before."""
+        if stage == "fit" and self._loaded is None and trainer.global_step == 0:
+            self._layers.reset({})
+            self._progress.reset()
+
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Attach: the first moment at which every model exists, on its device, with its state loaded."""
         self.detach()
@@ -204,12 +219,23 @@ class DropCluster(_Base):
         self._layers.check_clusterer()
         self._check_initial_labels(modules)
         self._meet_others(trainer, modules)
-        if self._loaded is None and trainer.global_step == 0:
+        if trainer.global_step == 0 and _is_untouched(self._loaded):
+            self._loaded = None
             first = {name: c for name, c in self._first_clusters.items() if name in modules}
             self._layers.reset(first)
             self._progress.reset(has_labels=len(first) == len(modules))
         self._layers.attach(pl_module, modules, pl_module.device)
         self._apply_loaded()
+
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Say so where a resumed checkpoint was written without this callback."""
+        if trainer.ckpt_path and not self._was_loaded and ranks.rank() == 0:
+            warnings.warn(
+                f"DropCluster: the checkpoint has no state of this callback (layers={self.layers!r}, "
+                f"scope={self.scope!r}); its clusters are learned afresh",
+                stacklevel=2,
+            )
+        self._was_loaded = False
 
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
@@ -222,13 +248,16 @@ class DropCluster(_Base):
             self._layers.open_window()
             self._warn_of_eval_mode()
         self._drop_prob_now = self._layers.begin_step(self.drop_prob * share)
-        pl_module.log(f"{self._log_prefix}/drop_prob", self._drop_prob_now, batch_size=1)
+        if not trainer.barebones:
+            pl_module.log(f"{self._log_prefix}/drop_prob", self._drop_prob_now, batch_size=1)
 
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Recluster after the batch that filled the window."""
-        self._log_reports(pl_module, self._layers.end_step())
+        reports = self._layers.end_step()
+        if not trainer.barebones:
+            self._log_reports(pl_module, reports)
 
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Fail where a layer has not run in the epoch of the first window: the window would stay open."""
@@ -312,7 +341,7 @@ class DropCluster(_Base):
             ValueError: where an entry is missing or out of its range.
         """
         self._layers.clusters = read_state(state_dict, self.scope)
-        self._loaded = state_dict
+        self._loaded, self._was_loaded = state_dict, True
         if self._layers.attached:
             self._apply_loaded()
 
@@ -369,6 +398,11 @@ class DropCluster(_Base):
 def _default_clusterer(seed: int) -> Clusterer:
     """FAISS, but for macOS, where its OpenMP and torch's abort the process when both run."""
     return TorchKMeans(seed=seed) if sys.platform == "darwin" else FaissKMeans(seed=seed)
+
+
+def _is_untouched(state: Mapping[str, Any] | None) -> bool:
+    """Whether there is no state, or one from before any layer ran, as tuners restore it."""
+    return state is None or not (state["clusters"] or state["shapes"] or state["windows_opened"])
 
 
 def _only_updates_statistics(trainer: "Trainer") -> bool:

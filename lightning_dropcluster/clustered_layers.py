@@ -18,7 +18,7 @@ from lightning_dropcluster.injection import Injection
 from lightning_dropcluster.layers import CONV_LAYERS, find_layers
 from lightning_dropcluster.reclustering import Grouping, Reclustering, cluster_share
 from lightning_dropcluster.regularizers import ClusterDrop, Gathering
-from lightning_dropcluster.scopes import SCOPES, Shape
+from lightning_dropcluster.scopes import SCOPES, Scope, Shape
 from lightning_dropcluster.sketch import Sketch
 from lightning_dropcluster.window import GatheringWindow
 
@@ -52,7 +52,7 @@ class ClusteredLayers:
         per_sample: bool,
         rescale: str,
     ) -> None:
-        self.grouping, self.clusterer, self.scope = grouping, clusterer, SCOPES[grouping.scope]
+        self.grouping, self.clusterer = grouping, clusterer
         self.num_samples, self.sketch_dim, self.seed = num_samples, sketch_dim, seed
         self.overlap_steps, self.per_sample, self.rescale = overlap_steps, per_sample, rescale
         self.clusters: dict[str, Clusters] = {}
@@ -67,6 +67,11 @@ class ClusteredLayers:
         self._warned: set[str] = set()
 
     @property
+    def scope(self) -> Scope:
+        """What is grouped; not an attribute, since it cannot be sent to a spawned process."""
+        return SCOPES[self.grouping.scope]
+
+    @property
     def attached(self) -> bool:
         """Whether the hooks are on the layers."""
         return self._injection is not None
@@ -75,6 +80,12 @@ class ClusteredLayers:
     def names(self) -> set[str]:
         """The layers that are hooked."""
         return set(self._gatherings)
+
+    @property
+    def regularizers(self) -> dict[str, ClusterDrop]:
+        """What drops the clusters of each hooked layer that has any."""
+        drops = {name: gathering.regularizer for name, gathering in self._gatherings.items()}
+        return {name: drop for name, drop in drops.items() if isinstance(drop, ClusterDrop)}
 
     def reset(self, clusters: Mapping[str, Clusters]) -> None:
         """Forget an earlier training.

@@ -161,7 +161,14 @@ def check_channels(clusters: Clusters, layer: nn.Module, name: str) -> None:
 
 
 def _read_checkpoint(path: str | PathLike[str], scope: Scope) -> dict[str, Clusters]:
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"initial_labels={str(path)!r}: no checkpoint that torch loads with weights_only=True ({error})"
+        ) from error
     callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, Mapping) else None
     found: dict[str, Clusters] = {}
     for key, state in callbacks.items() if isinstance(callbacks, Mapping) else ():

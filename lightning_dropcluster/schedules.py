@@ -17,7 +17,7 @@ def linear() -> Schedule:
         >>> linear()(0.25)
         0.25
     """
-    return lambda fraction: fraction
+    return _straight
 
 
 def cosine() -> Schedule:
@@ -30,7 +30,7 @@ def cosine() -> Schedule:
         >>> round(cosine()(0.5), 6)
         0.5
     """
-    return lambda fraction: (1.0 - math.cos(math.pi * fraction)) / 2.0
+    return _half_wave
 
 
 def constant() -> Schedule:
@@ -43,7 +43,22 @@ def constant() -> Schedule:
         >>> constant()(0.0)
         1.0
     """
-    return lambda fraction: 1.0
+    return _full
+
+
+# Functions of the module, not lambdas: a callback must pickle to reach spawned processes.
+
+
+def _straight(fraction: float) -> float:
+    return fraction
+
+
+def _half_wave(fraction: float) -> float:
+    return (1.0 - math.cos(math.pi * fraction)) / 2.0
+
+
+def _full(fraction: float) -> float:
+    return 1.0
 
 
 SCHEDULES: dict[str, Callable[[], Schedule]] = {"linear": linear, "cosine": cosine, "constant": constant}

@@ -73,11 +73,12 @@ class Sketch(nn.Module):
         self.is_exact = num_samples * world_size * self.observations <= sketch_dim
         problems, items = self.scope.problems(self.shape)
         num_items = problems * items
+        single = {"dtype": torch.float32, "device": device}
         buffers = {
-            "moments": torch.zeros(num_items, sketch_dim + 1, device=device),  # D projections, then the sum
-            "squares": torch.zeros(num_items, device=device),
-            "origin": torch.zeros(num_items, device=device),
-            "column_sums": torch.zeros(sketch_dim, device=device),
+            "moments": torch.zeros(num_items, sketch_dim + 1, **single),  # D projections, then the sum
+            "squares": torch.zeros(num_items, **single),
+            "origin": torch.zeros(num_items, **single),
+            "column_sums": torch.zeros(sketch_dim, **single),
             "count": torch.zeros((), dtype=torch.int64, device=device),
             "key": torch.tensor(_mix(_mix(seed & _WORD) ^ (window & _WORD)), device=device),
         }

@@ -31,8 +31,11 @@ def read_state(state: Any, scope: str) -> dict[str, Clusters]:
     if state["scope"] != scope:
         raise ValueError(f"state_dict: it was written with scope={state['scope']!r}, not scope={scope!r}")
     _require_entries("state_dict['progress']", state["progress"], _PROGRESS)
+    if type(state["progress"]["counts_steps"]) is not bool:
+        raise TypeError(f"state_dict: counts_steps={state['progress']['counts_steps']!r} must be a bool")
     origin = state["progress"]["origin"]
-    counts = {"passed": state["progress"]["passed"], "windows_opened": state["windows_opened"]}
+    counts = {name: state["progress"][name] for name in ("passed", "every")}
+    counts["windows_opened"] = state["windows_opened"]
     if origin is not None:
         counts["origin"] = origin
     for name, count in counts.items():

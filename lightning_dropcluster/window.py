@@ -38,6 +38,7 @@ class GatheringWindow:
     ) -> None:
         self.gatherings, self.scope, self.number = gatherings, scope, number
         self.num_samples, self.sketch_dim, self.seed, self.device = num_samples, sketch_dim, seed, device
+        self._resized: set[str] = set()
 
     @property
     def has_changed_size(self) -> bool:
@@ -54,14 +55,18 @@ class GatheringWindow:
         """Count the samples; every rank must ask alike, since this is a collective.
 
         Returns:
-            True once ``num_samples`` were seen over all ranks, by the layer that saw most.
+            True once ``num_samples`` were seen over all ranks, by the slowest of the layers that ran in this
+            step: some fold windows or heads into the batch, others run only now and then.
         """
-        for gathering in self.gatherings.values():
-            if gathering.sketch is not None and _changed_size(gathering) and not gathering.sketch.count:
-                gathering.sketch = None  # made for another size than the window's first batch has
-        counts = [g.sketch.count for g in self.gatherings.values() if g.sketch is not None]
+        for name, gathering in self.gatherings.items():
+            sketch = gathering.sketch if _changed_size(gathering) else None
+            if sketch is not None and not sketch.count and name not in self._resized:
+                # Made for the size before the window. Once only: sizes that take turns would never meet.
+                self._resized.add(name)
+                gathering.sketch = None
+        ran = [g.sketch.count for g in self.gatherings.values() if g.sketch is not None and not g.first_call]
         nothing = torch.zeros((), dtype=torch.int64, device=self.device)
-        seen = torch.stack(counts).max() if counts else nothing
+        seen = torch.stack(ran).min() if ran else nothing
         return int(ranks.sum_over_ranks(seen)) >= self.num_samples
 
     def close(self) -> dict[str, Sketch]:

@@ -238,3 +238,28 @@ def test_awaited_labels_without_a_shape_name_the_layer():
     message = re.escape("state_dict['reclustering']['shapes']: conv1 missing")
     with pytest.raises(ValueError, match=message):
         read_state(altered("reclustering.shapes.conv1", MISSING), "map")
+
+
+@pytest.mark.parametrize("path", ["progress.every", "progress.passed"])
+@pytest.mark.parametrize("value", [-1, 1.5, None, torch.tensor([])])
+def test_faulty_progress_is_named(path, value):
+    with pytest.raises(ValueError, match=rf"state_dict: {path.partition('.')[2]}=.* must be an integer"):
+        read_state(altered(path, value), "map")
+
+
+@pytest.mark.parametrize("value", [None, 1, torch.tensor([])])
+def test_what_progress_counts_is_a_bool(value):
+    with pytest.raises(TypeError, match=r"state_dict: counts_steps=.* must be a bool"):
+        read_state(altered("progress.counts_steps", value), "map")
+
+
+def test_labels_that_memory_did_not_suffice_for_do_not_hinder_a_checkpoint():
+    def fail():
+        raise MemoryError("too much")
+
+    job = Reclustering({"conv1": (3, 2, 2)}, fail, wait_steps=2, in_background=True)
+    state = job.state_dict()
+    assert state["labels"] == {}
+    read_state(good_state() | {"reclustering": state}, "map")
+    with pytest.warns(UserWarning, match="out of memory in reclustering; the old labels stay"):
+        assert job.result(torch.device("cpu")) == {}

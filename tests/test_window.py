@@ -22,8 +22,9 @@ def make_window(*names, **options):
 def step(window, batches):
     """Do what a training step does: arm, then one call of each layer."""
     window.arm()
+    for gathering in window.gatherings.values():
+        gathering.first_call = True
     for name, batch in batches.items():
-        window.gatherings[name].first_call = True
         window.gatherings[name](batch)
 
 
@@ -43,13 +44,22 @@ def test_arming_again_keeps_what_was_gathered():
     assert window.gatherings["stem"].sketch.count == 16
 
 
-def test_is_full_when_the_layer_that_saw_most_saw_enough():
+def test_is_full_when_the_slowest_layer_that_ran_in_the_step_saw_enough():
     window, full = make_window("stem", "late"), []
     for batch in ({"stem": make_x(), "late": make_x()}, {"stem": make_x()}, {"stem": make_x(4)}):
         step(window, batch)
         full.append(window.is_full())
     step(window, {"stem": make_x()})
     assert [*full, window.is_full()] == [False, False, False, True]
+
+
+def test_a_layer_that_folds_heads_into_the_batch_does_not_close_the_window_for_others():
+    window, full = make_window("stem", "heads"), []
+    for _ in range(4):
+        step(window, {"stem": make_x(8), "heads": make_x(32)})
+        full.append(window.is_full())
+    assert full == [False, False, False, True]
+    assert {int(sketch.count) for sketch in window.close().values()} == {20}
 
 
 def test_a_window_without_a_sketch_is_not_full():

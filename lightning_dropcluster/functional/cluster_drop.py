@@ -82,7 +82,7 @@ def draw_keep_table(
         >>> draw_keep_table((2, 3, 4), 0.0).all().item()
         True
     """
-    uniform = torch.rand(shape, device=device)
+    uniform = torch.rand(shape, dtype=torch.float32, device=device)
     if shift:
         uniform = (uniform + shift) % 1.0
     return uniform >= drop_prob
@@ -105,7 +105,7 @@ def cluster_sizes(labels: Tensor, num_groups: int, num_clusters: int) -> Tensor:
                 [0., 3., 0.]])
     """
     flat = labels.reshape(num_groups, -1).long()
-    sizes = torch.zeros(num_groups, num_clusters, device=labels.device)
+    sizes = torch.zeros(num_groups, num_clusters, dtype=torch.float32, device=labels.device)
     return sizes.scatter_add_(1, flat, torch.ones_like(flat, dtype=sizes.dtype))
 
 

@@ -7,6 +7,8 @@ from lightning_dropcluster.functional import cluster_drop, cluster_sizes, draw_k
 
 RESCALES = ("batch", "expected")
 
+_BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1: at 1 the expected scale would be infinite
+
 
 class ClusterDrop(nn.Module):
     """Drop clusters of features in training; the identity in eval mode and where drop_prob is 0.
@@ -60,8 +62,9 @@ class ClusterDrop(nn.Module):
         self.inplace = inplace
         dtype = smallest_integer_type(self.num_clusters)
         self.register_buffer("labels", torch.zeros(labels.shape, dtype=dtype, device=labels.device))
-        self.register_buffer("sizes", torch.zeros(self._num_groups, self.num_clusters, device=labels.device))
-        self.register_buffer("drop_prob", torch.zeros((), device=labels.device))
+        exact = {"dtype": torch.float32, "device": labels.device}
+        self.register_buffer("sizes", torch.zeros(self._num_groups, self.num_clusters, **exact))
+        self.register_buffer("drop_prob", torch.zeros((), **exact))
         self.set_labels(labels)
         self.set_drop_prob(drop_prob)
 
@@ -108,7 +111,7 @@ class ClusterDrop(nn.Module):
         """
         if not 0.0 <= drop_prob < 1.0:
             raise ValueError(f"drop_prob={drop_prob!r}: must be in [0, 1)")
-        self.drop_prob.fill_(drop_prob)
+        self.drop_prob.fill_(min(drop_prob, _BELOW_ONE))
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop clusters of an activation.
@@ -118,9 +121,16 @@ class ClusterDrop(nn.Module):
 
         Returns:
             A tensor like ``x``; in eval mode ``x`` itself.
+
+        Raises:
+            ValueError: where the labels have other dimensions or channels than ``x``.
         """
         if not self.training:
             return x
+        if self.labels.ndim != x.ndim - 1 or len(self.labels) not in (1, x.shape[1]):
+            raise ValueError(
+                f"labels of shape {tuple(self.labels.shape)}: do not fit activations {tuple(x.shape)}"
+            )
         shape = (len(x) if self.per_sample else 1, self._num_groups, self.num_clusters)
         keep = draw_keep_table(shape, self.drop_prob, device=x.device, shift=self.shift)
         scale = None if self.rescale == "batch" else 1.0 / (1.0 - self.drop_prob)

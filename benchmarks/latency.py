@@ -1,0 +1,238 @@
+"""Time a training step with and without regularisers, and each regulariser alone; a JSON line per case."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else idle threads spin, very slow on busy cores
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from statistics import median, quantiles
+from typing import Any
+
+import timm
+import torch
+from record import parse, provenance, write_line
+from timm.layers.drop import DropBlock2d
+from torch import Tensor, nn
+
+from lightning_dropcluster import ClusterDrop, FaissKMeans, select_layers
+from lightning_dropcluster.clustered_layers import ClusteredLayers
+from lightning_dropcluster.injection import Injection
+from lightning_dropcluster.reclustering import Grouping
+
+MODELS = (
+    ("resnet50", "layer*.*.conv2"),
+    ("resnet50", "conv1"),
+    ("convnext_tiny", "**.conv_dw"),
+    ("efficientnet_b0", "**.conv_dw"),
+)
+SHAPES = ((32, 256, 56, 56), (128, 64, 32, 32))
+DROP_PROB = 0.15
+CLUSTER_SIZE = 16
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to time.
+
+    Args:
+        quick: the first model and the smaller shape only, few repeats: a check that takes a minute.
+        repeats: timed runs of each case.
+        batch_size: images per training step.
+        size: of the images in pixels; by default 224 on a GPU and 96 elsewhere.
+        out: file to which the records are appended as well.
+    """
+
+    quick: bool = False
+    repeats: int = 15
+    batch_size: int = 16
+    size: int | None = None
+    out: str | None = None
+
+
+class Naive(nn.Module):
+    """What one would write first: a float mask of the activation's size, looked up through the labels."""
+
+    def __init__(self, drop: ClusterDrop) -> None:
+        super().__init__()
+        self.drop, self.labels = drop, drop.labels.flatten(1).long()
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = (
+            torch.rand(len(x), len(self.labels), self.drop.num_clusters, device=x.device) >= DROP_PROB
+        ).float()
+        mask = keep.gather(2, self.labels.expand(len(x), -1, -1)).reshape(x.shape)
+        return x * mask * (mask.numel() / mask.sum())
+
+
+def peers() -> dict[str, Callable[[], nn.Module]]:
+    """The other dropouts, made afresh for each layer."""
+    return {
+        "timm DropBlock2d per map": partial(DropBlock2d, DROP_PROB, couple_channels=False),
+        "timm DropBlock2d shared": partial(DropBlock2d, DROP_PROB, couple_channels=True),
+        "nn.Dropout2d": partial(nn.Dropout2d, DROP_PROB),
+        "nn.Dropout": partial(nn.Dropout, DROP_PROB),
+    }
+
+
+def time_alternating(cases: dict[str, Step], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Run the cases in turn, so that what slows the machine slows all of them alike.
+
+    Args:
+        cases: name to what is timed.
+        repeats: timed runs of each, after two that warm up.
+        device: whose work is waited for.
+
+    Returns:
+        Name to seconds of each run.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for run in range(repeats + 2):
+        for name, step in cases.items():
+            started = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if run >= 2:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def report(kind: str, seconds: dict[str, list[float]], base: str, **what: Any) -> Iterator[dict[str, Any]]:
+    """Make a record of each case: median, quartiles, and the ratio of medians to the base case."""
+    for name, runs in seconds.items():
+        low, _, high = quantiles(runs, n=4)
+        yield {
+            "benchmark": kind,
+            **what,
+            "case": name,
+            "median_ms": round(1e3 * median(runs), 3),
+            "quartiles_ms": [round(1e3 * low, 3), round(1e3 * high, 3)],
+            "ratio": round(median(runs) / median(seconds[base]), 4),
+            "base": base,
+            "repeats": len(runs),
+            **provenance(),
+        }
+
+
+def clustered(
+    model: nn.Module, modules: dict[str, nn.Module], step: Step, device: torch.device
+) -> ClusteredLayers:
+    """Learn clusters in a few steps, as the callback would."""
+    layers = ClusteredLayers(
+        Grouping(cluster_size=CLUSTER_SIZE),
+        FaissKMeans(),
+        num_samples=32,
+        sketch_dim=64,
+        seed=0,
+        overlap_steps=0,
+        per_sample=True,
+        rescale="batch",
+    )
+    layers.attach(model, modules, device)
+    layers.begin_step(0.0)
+    step()
+    layers.open_window()
+    while not layers.clusters:
+        layers.begin_step(0.0)
+        step()
+        layers.end_step()
+    return layers
+
+
+@contextmanager
+def dropping(layers: ClusteredLayers, *, gathering: bool) -> Iterator[None]:
+    """A step in which the clusters of attached layers are dropped, and perhaps gathered."""
+    if gathering:
+        layers.num_samples = 2**30
+        layers.open_window()
+    layers.begin_step(DROP_PROB)
+    yield
+    if layers.window is not None:
+        layers.window.close()
+        layers.window = None
+    layers.begin_step(0.0)
+
+
+def step_cases(name: str, pattern: str, settings: Settings, device: torch.device) -> dict[str, Step]:
+    """Training steps (forward and backward) of a model under every regulariser."""
+    torch.manual_seed(0)
+    model = timm.create_model(name).to(device)
+    size = settings.size or (224 if device.type == "cuda" else 96)
+    images = torch.randn(settings.batch_size, 3, size, size, device=device)
+    modules = select_layers(model, pattern)
+
+    def plain() -> None:
+        model.zero_grad()
+        model(images).mean().backward()
+
+    layers = clustered(model, modules, plain, device)
+
+    def with_clusters(gathering: bool) -> None:
+        with dropping(layers, gathering=gathering):
+            plain()
+
+    def with_others(make: Callable[[str], nn.Module]) -> None:
+        with Injection(modules, {layer: make(layer) for layer in modules}):
+            plain()
+
+    naive: dict[str, nn.Module] = {layer: Naive(drop) for layer, drop in layers.regularizers.items()}
+    made: dict[str, dict[str, nn.Module]] = {"naive x * mask * scale": naive}
+    made |= {case: {layer: make() for layer in modules} for case, make in peers().items()}
+    return {
+        "no callback": plain,
+        "DropCluster": partial(with_clusters, False),
+        "DropCluster, gathering": partial(with_clusters, True),
+        **{case: partial(with_others, ready.__getitem__) for case, ready in made.items()},
+    }
+
+
+def op_cases(
+    shape: tuple[int, ...], memory_format: torch.memory_format, device: torch.device
+) -> dict[str, Step]:
+    """Forward and backward of each regulariser alone on one activation."""
+    torch.manual_seed(0)
+    x = torch.randn(shape, device=device).to(memory_format=memory_format)
+    grad = torch.randn_like(x)
+    clusters = shape[2] * shape[3] // CLUSTER_SIZE
+    drop = ClusterDrop(torch.randint(clusters, shape[1:], device=device), DROP_PROB, num_clusters=clusters)
+    overwriting = ClusterDrop(drop.labels, DROP_PROB, num_clusters=clusters, inplace=True)
+
+    def run(module: Callable[[Tensor], Tensor]) -> None:
+        leaf = x.detach().requires_grad_()
+        module(leaf).backward(grad)
+
+    return {
+        "x * 2.0": partial(run, lambda leaf: leaf * 2.0),
+        "ClusterDrop": partial(run, drop),
+        # The product stands for a conv: its output may be overwritten, which a leaf's values may not.
+        "x * 2.0, then ClusterDrop in place": partial(run, lambda leaf: overwriting(leaf * 2.0)),
+        "naive x * mask * scale": partial(run, Naive(drop)),
+        **{name: partial(run, make()) for name, make in peers().items()},
+    }
+
+
+def main(settings: Settings) -> None:
+    """Time the models' steps and the operations, and write a line for each case."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    repeats = min(settings.repeats, 3) if settings.quick else settings.repeats
+    for name, pattern in MODELS[:1] if settings.quick else MODELS:
+        seconds = time_alternating(step_cases(name, pattern, settings, device), repeats, device)
+        for record in report("step", seconds, "no callback", model=name, layers=pattern):
+            write_line(record, settings.out)
+    for shape in SHAPES[-1:] if settings.quick else SHAPES:
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            seconds = time_alternating(op_cases(shape, memory_format, device), repeats, device)
+            what = {"shape": list(shape), "memory_format": str(memory_format).removeprefix("torch.")}
+            for record in report("op", seconds, "x * 2.0", **what):
+                write_line(record, settings.out)
+
+
+if __name__ == "__main__":
+    main(parse(Settings, __doc__))
