@@ -10,36 +10,21 @@ from torch import Tensor
 
 import faiss  # isort: skip
 from lightning_dropcluster.clustering.repair import Labels, Points, centroids, repair
-from lightning_dropcluster.clustering.torch_kmeans import check_kmeans_arguments, lloyd
+from lightning_dropcluster.clustering.torch_kmeans import KMeans
 
 _GPU_SCRATCH = 128 * 2**20  # bytes; FAISS would take 1.5 GiB outside torch's allocator
 
 
-class FaissKMeans:
-    """K-means by FAISS, on the device of the profiles.
+class FaissKMeans(KMeans):
+    """K-means by FAISS, on the device of the profiles; for settings see `KMeans`.
 
     On a CPU each problem is one ``faiss.Kmeans`` with one FAISS thread, and a pool works on as many problems
     at a time as torch has threads. On a GPU FAISS assigns all points on the device and torch averages.
-
-    Args:
-        max_iter: iterations at most.
-        tolerance: stop when an iteration lowers the inertia by less than this share of it.
-        min_share: clusters below this share of the mean size are merged away, see `repair`.
-        seed: of the starting centroids; the same seed and profiles give the same labels.
-
-    Raises:
-        ValueError: where an argument is out of its range.
 
     Example:
         >>> FaissKMeans().fit(torch.eye(4)[None], num_clusters=4).unique().tolist()
         [0, 1, 2, 3]
     """
-
-    def __init__(
-        self, max_iter: int = 25, tolerance: float = 1e-3, min_share: float = 0.25, seed: int = 0
-    ) -> None:
-        check_kmeans_arguments(max_iter, tolerance, min_share)
-        self.max_iter, self.tolerance, self.min_share, self.seed = max_iter, tolerance, min_share, seed
 
     def fit(
         self,
@@ -60,16 +45,7 @@ class FaissKMeans:
             int64 labels (B, F) on the profiles' device.
         """
         if profiles.is_cuda and faiss.get_num_gpus() > 0:
-            return lloyd(
-                profiles,
-                num_clusters,
-                init_labels,
-                assign=assign_on_gpu,
-                max_iter=self.max_iter,
-                tolerance=self.tolerance,
-                min_share=self.min_share,
-                seed=self.seed,
-            )
+            return self._lloyd(profiles, num_clusters, init_labels, assign_on_gpu)
         points = profiles.detach().cpu().float().contiguous().numpy()
         old = [None] * len(points) if init_labels is None else init_labels.cpu().long().numpy()
         threads = torch.get_num_threads()

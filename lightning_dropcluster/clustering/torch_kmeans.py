@@ -13,28 +13,52 @@ Assign = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _FAR = 1e4  # profiles have unit length, so nothing is ever assigned to a centroid out here
 
 
-class TorchKMeans:
-    """K-means by Lloyd's iterations in torch, all problems of a block together.
+class KMeans:
+    """What k-means clusterers share: their settings.
 
     Args:
         max_iter: iterations at most.
         tolerance: stop when an iteration lowers the inertia by less than this share of it.
         min_share: clusters below this share of the mean size are merged away, see `repair`.
-        seed: of the starting centroids.
+        seed: of the starting centroids; the same seed and profiles give the same labels.
 
     Raises:
         ValueError: where an argument is out of its range.
-
-    Example:
-        >>> TorchKMeans().fit(torch.eye(4)[None], num_clusters=4).unique().tolist()
-        [0, 1, 2, 3]
     """
 
     def __init__(
         self, max_iter: int = 25, tolerance: float = 1e-3, min_share: float = 0.25, seed: int = 0
     ) -> None:
-        check_kmeans_arguments(max_iter, tolerance, min_share)
+        if max_iter < 1:
+            raise ValueError(f"max_iter={max_iter!r}: must be at least 1")
+        if not tolerance >= 0.0:
+            raise ValueError(f"tolerance={tolerance!r}: must be at least 0")
+        if not 0.0 <= min_share <= 0.5:
+            raise ValueError(f"min_share={min_share!r}: must be in [0, 0.5]")
         self.max_iter, self.tolerance, self.min_share, self.seed = max_iter, tolerance, min_share, seed
+
+    def _lloyd(
+        self, profiles: Tensor, num_clusters: int, init_labels: Tensor | None, assign: Assign
+    ) -> Tensor:
+        return lloyd(
+            profiles,
+            num_clusters,
+            init_labels,
+            assign=assign,
+            max_iter=self.max_iter,
+            tolerance=self.tolerance,
+            min_share=self.min_share,
+            seed=self.seed,
+        )
+
+
+class TorchKMeans(KMeans):
+    """K-means by Lloyd's iterations in torch, all problems of a block together; for settings see `KMeans`.
+
+    Example:
+        >>> TorchKMeans().fit(torch.eye(4)[None], num_clusters=4).unique().tolist()
+        [0, 1, 2, 3]
+    """
 
     def fit(
         self,
@@ -54,35 +78,7 @@ class TorchKMeans:
         Returns:
             int64 labels (B, F) on the profiles' device.
         """
-        return lloyd(
-            profiles,
-            num_clusters,
-            init_labels,
-            assign=assign_nearest,
-            max_iter=self.max_iter,
-            tolerance=self.tolerance,
-            min_share=self.min_share,
-            seed=self.seed,
-        )
-
-
-def check_kmeans_arguments(max_iter: int, tolerance: float, min_share: float) -> None:
-    """Check what all k-means clusterers take.
-
-    Args:
-        max_iter: at least 1.
-        tolerance: at least 0.
-        min_share: in [0, 0.5].
-
-    Raises:
-        ValueError: where one is out of its range.
-    """
-    if max_iter < 1:
-        raise ValueError(f"max_iter={max_iter!r}: must be at least 1")
-    if not tolerance >= 0.0:
-        raise ValueError(f"tolerance={tolerance!r}: must be at least 0")
-    if not 0.0 <= min_share <= 0.5:
-        raise ValueError(f"min_share={min_share!r}: must be in [0, 0.5]")
+        return self._lloyd(profiles, num_clusters, init_labels, assign_nearest)
 
 
 def lloyd(
