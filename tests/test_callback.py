@@ -622,3 +622,20 @@ def test_a_convs_own_output_is_overwritten_only_where_no_other_hook_sees_it(load
         module.model.conv1.register_forward_hook(lambda module, args, output: None)
     make_trainer(callback, Watch()).fit(module, loader)
     assert pointers == {not watched}
+
+
+def test_a_compiled_fit_gives_the_numbers_of_an_eager_one(loader):
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        module, callback = Classifier(), make_callback()
+        if compiled:
+            module.model.compile(
+                backend="eager", fullgraph=True
+            )  # draws from torch's generator, as eager does
+        torch.manual_seed(5)
+        make_trainer(callback).fit(module, loader)
+        results.append((module.losses, callback.labels))
+    (losses, labels), (losses_again, labels_again) = results
+    assert losses_again == pytest.approx(losses, abs=1e-5)
+    assert equal(labels, labels_again)
