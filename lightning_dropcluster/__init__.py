@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from lightning_dropcluster.callback import DropCluster
+from lightning_dropcluster.callbacks import DropCluster
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, ReNA, TorchKMeans, Ward
 from lightning_dropcluster.layers import select_layers
 from lightning_dropcluster.regularizers import ClusterDrop

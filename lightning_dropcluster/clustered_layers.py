@@ -72,16 +72,6 @@ class ClusteredLayers:
         return SCOPES[self.grouping.scope]
 
     @property
-    def attached(self) -> bool:
-        """Whether the hooks are on the layers."""
-        return self._injection is not None
-
-    @property
-    def names(self) -> set[str]:
-        """The layers that are hooked."""
-        return set(self._gatherings)
-
-    @property
     def regularizers(self) -> dict[str, ClusterDrop]:
         """What drops the clusters of each hooked layer that has any."""
         drops = {name: gathering.regularizer for name, gathering in self._gatherings.items()}
@@ -207,14 +197,6 @@ class ClusteredLayers:
             "choose layers whose forward the training step calls"
         )
         ranks.raise_together(error if silent else None, self._device)
-
-    def in_eval_mode(self) -> list[str]:
-        """Name the layers in eval mode, where nothing is dropped or gathered.
-
-        Returns:
-            Their names.
-        """
-        return [name for name, module in self._modules.items() if not module.training]
 
     def check_clusterer(self) -> None:
         """Let the clusterer solve a tiny problem, so that a faulty one fails now and not in mid-training.

@@ -115,8 +115,8 @@ class Progress:
         late = isinstance(self.start, int) and max_epochs is not None and 0 <= max_epochs <= self.start
         if late and not is_trial:
             warnings.warn(
-                f"DropCluster: start={self.start!r}: training ends after max_epochs={max_epochs}, so nothing "
-                "will be dropped",
+                f"start={self.start!r}: training ends after max_epochs={max_epochs}, so nothing will be "
+                "dropped",
                 stacklevel=2,
             )
 

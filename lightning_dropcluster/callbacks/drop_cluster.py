@@ -1,8 +1,6 @@
-"""The callback: when things happen. The only file that imports Lightning."""
+"""DropCluster: learn clusters while the model trains, and drop them."""
 
-import importlib
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -10,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lightning_dropcluster import ranks
+from lightning_dropcluster.callbacks.base import LayerCallback, Layers
 from lightning_dropcluster.checks import check_bool, check_choice, check_not_both, check_number
 from lightning_dropcluster.clustered_layers import ClusteredLayers, Report
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, TorchKMeans
 from lightning_dropcluster.clusters import Clusters, read_initial_labels
-from lightning_dropcluster.layers import check_layer_types, check_patterns, select_layers
-from lightning_dropcluster.progress import Progress, TrainingPosition
+from lightning_dropcluster.progress import Progress
 from lightning_dropcluster.reclustering import MAX_LAYER_CLUSTERS, Grouping
 from lightning_dropcluster.regularizers.cluster_drop import RESCALES
 from lightning_dropcluster.schedules import make_schedule
@@ -24,28 +21,13 @@ from lightning_dropcluster.scopes import SCOPES
 from lightning_dropcluster.state import read_state
 
 if TYPE_CHECKING:
-    from pytorch_lightning import Callback, LightningModule, Trainer
-
-    _Base = Callback
-else:
-
-    def _callback_bases() -> tuple[type, ...]:
-        """The Callback classes of both namespaces: each Trainer and LightningCLI knows only its own."""
-        bases = []
-        for namespace in ("lightning.pytorch", "pytorch_lightning"):
-            try:
-                bases.append(importlib.import_module(namespace).Callback)
-            except ImportError:
-                continue
-        return tuple(dict.fromkeys(bases))
-
-    _Base = type("_Base", _callback_bases(), {})
+    from pytorch_lightning import LightningModule, Trainer
 
 _MAX_INT = 2**31 - 1  # FAISS has seeds and counts in C's int
 _MAX_POSITION_WEIGHT = 1e6  # where squares overflow, FAISS ends the process
 
 
-class DropCluster(_Base):
+class DropCluster(LayerCallback):
     """Drop clusters of features that respond alike, and learn the clusters during training.
 
     Forward hooks on the chosen layers watch how features respond to the training batches, FAISS k-means
@@ -100,9 +82,11 @@ class DropCluster(_Base):
         >>> trainer = Trainer(callbacks=[DropCluster("conv1", drop_prob=0.15)], logger=False)
     """
 
+    log_name = "dropcluster"
+
     def __init__(
         self,
-        layers: str | list[str] | Callable[[str, nn.Module], bool] | list[Callable[[str, nn.Module], bool]],
+        layers: Layers,
         drop_prob: float = 0.15,
         *,
         num_clusters: int | None = None,
@@ -123,9 +107,6 @@ class DropCluster(_Base):
         initial_labels: str | PathLike[str] | Mapping[str, Tensor] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        check_patterns(layers)
-        check_layer_types(layer_types)
         drop_prob = check_number("drop_prob", drop_prob, 0, 1, high_open=True)
         check_not_both("num_clusters", num_clusters, "cluster_size", cluster_size)
         check_choice("scope", scope, SCOPES)
@@ -151,8 +132,9 @@ class DropCluster(_Base):
         overlap_steps = check_number("overlap_steps", overlap_steps, 0, integer=True)
         seed = check_number("seed", seed, 0, _MAX_INT, integer=True)
 
-        self.layers, self.layer_types, self.drop_prob, self.scope = layers, layer_types, drop_prob, scope
-        self._progress = Progress(start, make_schedule(schedule), every_n_epochs, every_n_train_steps)
+        progress = Progress(start, make_schedule(schedule), every_n_epochs, every_n_train_steps)
+        super().__init__(layers, layer_types, progress)
+        self.drop_prob, self.scope = drop_prob, scope
         self._first_clusters: dict[str, Clusters] = {}
         if initial_labels is not None:
             self._first_clusters = read_initial_labels(initial_labels, SCOPES[scope])
@@ -166,10 +148,6 @@ class DropCluster(_Base):
             per_sample=per_sample,
             rescale=rescale,
         )
-        self._drop_prob_now = 0.0
-        self._loaded: dict[str, Any] | None = None
-        self._was_loaded = False
-        self._log_prefix = "dropcluster"
 
     # What there is to see
 
@@ -183,11 +161,6 @@ class DropCluster(_Base):
         return {name: clusters.labels for name, clusters in self._layers.clusters.items()}
 
     @property
-    def drop_prob_now(self) -> float:
-        """The drop probability that this step uses; 0 before the first labels and outside training."""
-        return self._drop_prob_now
-
-    @property
     def recluster_seconds(self) -> float:
         """Seconds of this fit that training waited for reclustering."""
         return self._layers.seconds
@@ -195,11 +168,7 @@ class DropCluster(_Base):
     @property
     def state_key(self) -> str:
         """What a checkpoint files this callback's state under: equal for equal layers and scope."""
-        patterns = [
-            p if isinstance(p, str) else getattr(p, "__qualname__", type(p).__name__)
-            for p in check_patterns(self.layers)
-        ]
-        return self._generate_state_key(layers=patterns, scope=self.scope)
+        return self._key(scope=self.scope)
 
     # When things happen
 
@@ -208,48 +177,6 @@ class DropCluster(_Base):
         if stage == "fit" and self._loaded is None and trainer.global_step == 0:
             self._layers.reset({})
             self._progress.reset()
-
-    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Attach: the first moment at which every model exists, on its device, with its state loaded."""
-        self.detach()
-        modules = select_layers(pl_module, self.layers, self.layer_types)
-        self._progress.check(
-            trainer.max_epochs, trainer.max_steps, is_trial=bool(getattr(trainer, "fast_dev_run", False))
-        )
-        self._layers.check_clusterer()
-        self._check_initial_labels(modules)
-        self._meet_others(trainer, modules)
-        if trainer.global_step == 0 and _is_untouched(self._loaded):
-            self._loaded = None
-            first = {name: c for name, c in self._first_clusters.items() if name in modules}
-            self._layers.reset(first)
-            self._progress.reset(has_labels=len(first) == len(modules))
-        self._layers.attach(pl_module, modules, pl_module.device)
-        self._apply_loaded()
-
-    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Say so where a resumed checkpoint was written without this callback."""
-        if trainer.ckpt_path and not self._was_loaded and ranks.rank() == 0:
-            warnings.warn(
-                f"DropCluster: the checkpoint has no state of this callback (layers={self.layers!r}, "
-                f"scope={self.scope!r}); its clusters are learned afresh",
-                stacklevel=2,
-            )
-        self._was_loaded = False
-
-    def on_train_batch_start(
-        self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
-    ) -> None:
-        """Open a window where one is due, and set the drop probability of the step."""
-        share, is_due = self._progress.advance(_position(trainer, batch_idx))
-        if _only_updates_statistics(trainer):
-            share, is_due = 0.0, False
-        if is_due:
-            self._layers.open_window()
-            self._warn_of_eval_mode()
-        self._drop_prob_now = self._layers.begin_step(self.drop_prob * share)
-        if not trainer.barebones:
-            pl_module.log(f"{self._log_prefix}/drop_prob", self._drop_prob_now, batch_size=1)
 
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
@@ -268,21 +195,25 @@ class DropCluster(_Base):
         """Wait for labels that are still being made."""
         self._layers.finish()
 
-    def on_exception(
-        self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
-    ) -> None:
-        """Leave nothing attached: Lightning calls no teardown after an error."""
-        self.detach()
-
-    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Leave nothing attached."""
-        self.detach()
-        self._loaded = None
-
     def detach(self) -> None:
         """Take all hooks off; the labels stay. Nothing happens where no hook is on."""
+        super().detach()
         self._layers.detach()
-        self._drop_prob_now = 0.0
+
+    def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._layers.check_clusterer()
+        self._check_initial_labels()
+        if trainer.global_step == 0 and _is_untouched(self._loaded):
+            self._loaded = None
+            first = {name: c for name, c in self._first_clusters.items() if name in self._hooked}
+            self._layers.reset(first)
+            self._progress.reset(has_labels=len(first) == len(self._hooked))
+        self._layers.attach(pl_module, self._hooked, pl_module.device)
+
+    def _begin_step(self, share: float, is_due: bool) -> float:
+        if is_due:
+            self._layers.open_window()
+        return self._layers.begin_step(self.drop_prob * share)
 
     # Uncertainty
 
@@ -320,36 +251,14 @@ class DropCluster(_Base):
 
     # Checkpoints
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the labels, the position in the schedule and the open window.
+    def _state(self) -> dict[str, Any]:
+        return {"scope": self.scope, **self._layers.state_dict()}
 
-        Returns:
-            Tensors and plain scalars, which load with ``weights_only=True``.
-        """
-        if self._loaded is not None and not self._layers.attached:
-            return self._loaded
-        return {"scope": self.scope, "progress": self._progress.state_dict(), **self._layers.state_dict()}
+    def _read_state(self, state: Mapping[str, Any]) -> None:
+        self._layers.clusters = read_state(state, self.scope)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state; where the layers are not hooked yet, as soon as they are.
-
-        Args:
-            state_dict: what `state_dict` returned.
-
-        Raises:
-            TypeError: where an entry has a wrong type.
-            ValueError: where an entry is missing or out of its range.
-        """
-        self._layers.clusters = read_state(state_dict, self.scope)
-        self._loaded, self._was_loaded = state_dict, True
-        if self._layers.attached:
-            self._apply_loaded()
-
-    def _apply_loaded(self) -> None:
-        if self._loaded is not None:
-            state, self._loaded = self._loaded, None
-            self._progress.load_state_dict(state["progress"])
-            self._layers.load_state_dict(read_state(state, self.scope), state)
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._layers.load_state_dict(read_state(state, self.scope), state)
 
     # Reports
 
@@ -363,35 +272,11 @@ class DropCluster(_Base):
         if metrics:
             pl_module.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
-    def _check_initial_labels(self, modules: Mapping[str, nn.Module]) -> None:
-        if self._first_clusters and not self._first_clusters.keys() & modules.keys():
+    def _check_initial_labels(self) -> None:
+        if self._first_clusters and not self._first_clusters.keys() & self._hooked.keys():
             raise ValueError(
                 f"initial_labels: has labels of {', '.join(map(repr, self._first_clusters))}, but of none of "
-                f"the chosen layers ({', '.join(modules)})"
-            )
-
-    def _meet_others(self, trainer: "Trainer", modules: Mapping[str, nn.Module]) -> None:
-        """Log under a name of its own, and share no layer with another DropCluster of the Trainer."""
-        every: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
-        position = 0
-        for other in every[: every.index(self)]:
-            if isinstance(other, DropCluster):
-                position += 1
-                shared = modules.keys() & other._layers.names
-                if shared:
-                    raise ValueError(
-                        f"layers={self.layers!r}: {', '.join(sorted(shared))} belong to another DropCluster "
-                        f"of this Trainer (layers={other.layers!r})"
-                    )
-        self._log_prefix = f"dropcluster-{position}" if position else "dropcluster"
-
-    def _warn_of_eval_mode(self) -> None:
-        idle = self._layers.in_eval_mode()
-        if idle and ranks.rank() == 0:
-            warnings.warn(
-                f"DropCluster: layers {', '.join(idle)} are in eval mode in a training step, so nothing is "
-                "dropped or gathered there; call .train() on them",
-                stacklevel=2,
+                f"the chosen layers ({', '.join(self._hooked)})"
             )
 
 
@@ -403,20 +288,3 @@ def _default_clusterer(seed: int) -> Clusterer:
 def _is_untouched(state: Mapping[str, Any] | None) -> bool:
     """Whether there is no state, or one from before any layer ran, as tuners restore it."""
     return state is None or not (state["clusters"] or state["shapes"] or state["windows_opened"])
-
-
-def _only_updates_statistics(trainer: "Trainer") -> bool:
-    """Whether this is the epoch in which weight averaging trains nothing but BatchNorm's averages."""
-    return bool(getattr(trainer.fit_loop, "_skip_backward", False))
-
-
-def _position(trainer: "Trainer", batch_idx: int) -> TrainingPosition:
-    """Where training is now, as the trainer's own counters say it."""
-    return TrainingPosition(
-        epoch=trainer.current_epoch,
-        step=trainer.global_step,
-        batch=batch_idx,
-        batches_per_epoch=trainer.num_training_batches,
-        max_epochs=trainer.max_epochs if trainer.max_epochs is not None else -1,
-        max_steps=trainer.max_steps,
-    )

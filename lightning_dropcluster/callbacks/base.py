@@ -1,0 +1,236 @@
+"""What the callbacks share: when to attach, to step and to let go. The only file that imports Lightning."""
+
+import importlib
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from lightning_dropcluster import ranks
+from lightning_dropcluster.layers import check_layer_types, check_patterns, select_layers
+from lightning_dropcluster.progress import Progress, TrainingPosition
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback, LightningModule, Trainer
+
+    _Base = Callback
+else:
+
+    def _callback_bases() -> tuple[type, ...]:
+        """The Callback classes of both namespaces: each Trainer and LightningCLI knows only its own."""
+        bases = []
+        for namespace in ("lightning.pytorch", "pytorch_lightning"):
+            try:
+                bases.append(importlib.import_module(namespace).Callback)
+            except ImportError:
+                continue
+        return tuple(dict.fromkeys(bases))
+
+    _Base = type("_Base", _callback_bases(), {})
+
+Layers = str | list[str] | Callable[[str, nn.Module], bool] | list[Callable[[str, nn.Module], bool]]
+"""How users say which layers; see `select_layers`."""
+
+
+class LayerCallback(_Base):
+    """A callback that drops in chosen layers, to the measure of a schedule, and leaves nothing attached.
+
+    Subclasses say what happens in `_attach`, `_begin_step`, `_state`, `_read_state` and `_load`, and extend
+    `detach`; this class says when.
+
+    Args:
+        layers: which layers, see `select_layers`.
+        layer_types: the module types that patterns may pick; conv layers where it is ``None``.
+        progress: from the trainer's counters to the part of drop_prob in use.
+    """
+
+    log_name: ClassVar[str]
+
+    def __init__(
+        self,
+        layers: Layers,
+        layer_types: type[nn.Module] | list[type[nn.Module]] | None,
+        progress: Progress,
+    ) -> None:
+        super().__init__()
+        check_patterns(layers)
+        check_layer_types(layer_types)
+        self.layers, self.layer_types = layers, layer_types
+        self._progress = progress
+        self._hooked: dict[str, nn.Module] = {}
+        self._drop_prob_now = 0.0
+        self._loaded: dict[str, Any] | None = None
+        self._was_loaded = False
+        self._log_prefix = self.log_name
+
+    @property
+    def drop_prob_now(self) -> float:
+        """The drop probability that this step uses; 0 outside training and before anything is dropped."""
+        return self._drop_prob_now
+
+    # When things happen
+
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Attach: the first moment at which every model exists, on its device, with its state loaded."""
+        self.detach()
+        modules = select_layers(pl_module, self.layers, self.layer_types)
+        self._meet_others(trainer, modules)
+        self._hooked = modules
+        self._attach(trainer, pl_module)
+        self._progress.check(
+            trainer.max_epochs, trainer.max_steps, is_trial=bool(getattr(trainer, "fast_dev_run", False))
+        )
+        self._apply_loaded()
+
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Say so where a resumed checkpoint was written without this callback."""
+        if trainer.ckpt_path and not self._was_loaded and ranks.rank() == 0:
+            warnings.warn(
+                f"{type(self).__name__}: the checkpoint has no state of this callback ({self.state_key}); "
+                "it starts afresh",
+                stacklevel=2,
+            )
+        self._was_loaded = False
+
+    def on_train_batch_start(
+        self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Set the drop probability of the step."""
+        share, is_due = self._progress.advance(_position(trainer, batch_idx))
+        if _only_updates_statistics(trainer):
+            share, is_due = 0.0, False
+        if is_due:
+            self._warn_of_eval_mode()
+        self._drop_prob_now = self._begin_step(share, is_due)
+        if not trainer.barebones:
+            pl_module.log(f"{self._log_prefix}/drop_prob", self._drop_prob_now, batch_size=1)
+
+    def on_exception(
+        self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
+    ) -> None:
+        """Leave nothing attached: Lightning calls no teardown after an error."""
+        self.detach()
+
+    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Leave nothing attached."""
+        self.detach()
+        self._loaded = None
+
+    def detach(self) -> None:
+        """Take all hooks off. Nothing happens where no hook is on."""
+        self._hooked = {}
+        self._drop_prob_now = 0.0
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the schedule, and what training has made so far.
+
+        Returns:
+            Tensors and plain scalars, which load with ``weights_only=True``.
+        """
+        if self._loaded is not None and not self._hooked:
+            return self._loaded
+        return {"progress": self._progress.state_dict(), **self._state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state; where the layers are not hooked yet, as soon as they are.
+
+        Args:
+            state_dict: what `state_dict` returned.
+
+        Raises:
+            TypeError: where an entry has a wrong type.
+            ValueError: where an entry is missing or out of its range.
+        """
+        self._read_state(state_dict)
+        self._loaded, self._was_loaded = state_dict, True
+        if self._hooked:
+            self._apply_loaded()
+
+    def _apply_loaded(self) -> None:
+        if self._loaded is not None:
+            state, self._loaded = self._loaded, None
+            self._progress.load_state_dict(state["progress"])
+            self._load(state)
+
+    def _key(self, **settings: Any) -> str:
+        """Make what a checkpoint files the state under: equal for equal layers and settings."""
+        patterns = [
+            p if isinstance(p, str) else getattr(p, "__qualname__", type(p).__name__)
+            for p in check_patterns(self.layers)
+        ]
+        return self._generate_state_key(layers=patterns, **settings)
+
+    # What subclasses say
+
+    def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Hook ``self._hooked``; forget an earlier training where a new one begins."""
+        raise NotImplementedError
+
+    def _begin_step(self, share: float, is_due: bool) -> float:
+        """Prepare for a step.
+
+        Args:
+            share: the part of drop_prob to use, in [0, 1].
+            is_due: whether a due moment of the schedule, the first at the start, has just come.
+
+        Returns:
+            The drop probability in use.
+        """
+        raise NotImplementedError
+
+    def _state(self) -> dict[str, Any]:
+        """Return what is to be in the state besides ``"progress"``."""
+        raise NotImplementedError
+
+    def _read_state(self, state: Mapping[str, Any]) -> None:
+        """Check a state, ``"progress"`` included, and take over what needs no hooks."""
+        raise NotImplementedError
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Take over a checked state; the hooks are on."""
+        raise NotImplementedError
+
+    # The others and the user
+
+    def _meet_others(self, trainer: "Trainer", modules: Mapping[str, nn.Module]) -> None:
+        """Log under a name of its own, and share no layer with another such callback of the Trainer."""
+        every: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+        earlier = [other for other in every[: every.index(self)] if isinstance(other, LayerCallback)]
+        for other in earlier:
+            shared = modules.keys() & other._hooked.keys()
+            if shared:
+                raise ValueError(
+                    f"layers={self.layers!r}: {', '.join(sorted(shared))} belong to another "
+                    f"{type(other).__name__} of this Trainer (layers={other.layers!r})"
+                )
+        position = sum(other.log_name == self.log_name for other in earlier)
+        self._log_prefix = f"{self.log_name}-{position}" if position else self.log_name
+
+    def _warn_of_eval_mode(self) -> None:
+        idle = [name for name, module in self._hooked.items() if not module.training]
+        if idle and ranks.rank() == 0:
+            warnings.warn(
+                f"{type(self).__name__}: layers {', '.join(idle)} are in eval mode in a training step, so "
+                "nothing is dropped or gathered there; call .train() on them",
+                stacklevel=2,
+            )
+
+
+def _only_updates_statistics(trainer: "Trainer") -> bool:
+    """Whether this is the epoch in which weight averaging trains nothing but BatchNorm's averages."""
+    return bool(getattr(trainer.fit_loop, "_skip_backward", False))
+
+
+def _position(trainer: "Trainer", batch_idx: int) -> TrainingPosition:
+    """Where training is now, as the trainer's own counters say it."""
+    return TrainingPosition(
+        epoch=trainer.current_epoch,
+        step=trainer.global_step,
+        batch=batch_idx,
+        batches_per_epoch=trainer.num_training_batches,
+        max_epochs=trainer.max_epochs if trainer.max_epochs is not None else -1,
+        max_steps=trainer.max_steps,
+    )
