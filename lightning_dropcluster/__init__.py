@@ -5,17 +5,29 @@ from importlib.metadata import version
 from lightning_dropcluster.callbacks import DropCluster
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, ReNA, TorchKMeans, Ward
 from lightning_dropcluster.layers import select_layers
-from lightning_dropcluster.regularizers import ClusterDrop
+from lightning_dropcluster.regularizers import (
+    REGULARIZERS,
+    ClusterDrop,
+    DropBlock,
+    Dropout,
+    Regularizer,
+    SpatialDropout,
+)
 from lightning_dropcluster.visualization import plot_clusters
 
 __version__ = version("lightning_dropcluster")
 
 __all__ = [
+    "REGULARIZERS",
     "ClusterDrop",
     "Clusterer",
+    "DropBlock",
     "DropCluster",
+    "Dropout",
     "FaissKMeans",
     "ReNA",
+    "Regularizer",
+    "SpatialDropout",
     "TorchKMeans",
     "Ward",
     "plot_clusters",

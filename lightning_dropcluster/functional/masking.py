@@ -1,0 +1,115 @@
+"""What the peers of DropCluster share: draw numbers, drop features, rescale what is kept."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_LAST = 1.0 - 2.0**-24  # the largest number that torch.rand draws in float32
+
+
+class Draw(Protocol):
+    """Draws numbers uniform in [0, 1); `draw_uniform` is the usual one."""
+
+    def __call__(self, shape: Sequence[int], *, device: torch.device | None = None) -> Tensor:
+        """Draw a float32 tensor.
+
+        Args:
+            shape: the batch first.
+            device: where to draw.
+
+        Returns:
+            A tensor of that shape.
+        """
+        ...
+
+
+def draw_uniform(
+    shape: Sequence[int],
+    *,
+    device: torch.device | None = None,
+    shift: float = 0.0,
+    paired: bool = False,
+) -> Tensor:
+    """Draw numbers uniform in [0, 1).
+
+    The draw comes from the default generator of the device, so that activation checkpointing repeats it.
+
+    Args:
+        shape: the batch first.
+        device: where to draw.
+        shift: in [0, 1), added to the draw modulo 1, so that ranks which are seeded alike draw apart.
+        paired: whether the second half of the batch gets 1 - u where the first half gets u. What is dropped
+            where u < p then differs between the halves as much as p allows: for p up to 1/2, nothing is
+            dropped in both.
+
+    Returns:
+        A float32 tensor of that shape.
+
+    Raises:
+        ValueError: where pairs are asked for of an odd batch.
+
+    Example:
+        >>> first, second = draw_uniform((2, 100), paired=True) < 0.4
+        >>> (first & second).any().item()
+        False
+    """
+    if paired and shape[0] % 2:
+        raise ValueError(f"paired=True: must have an even batch, its halves being the pairs, not {shape[0]}")
+    drawn = (shape[0] // 2, *shape[1:]) if paired else tuple(shape)
+    uniform = torch.rand(drawn, dtype=torch.float32, device=device)
+    if shift:
+        uniform = (uniform + shift) % 1.0
+    return torch.cat([uniform, _LAST - uniform]) if paired else uniform
+
+
+def drop(x: Tensor, dropped: Tensor, scale: Tensor | float) -> Tensor:
+    """Set features to zero and rescale the others.
+
+    Args:
+        x: activation, floating point.
+        dropped: bool, of a shape that broadcasts to that of ``x``; all that backward saves beside the scale.
+        scale: factor for what is kept, a number or a 0-d tensor.
+
+    Returns:
+        A tensor like ``x``: same shape, dtype, device and memory format.
+
+    Example:
+        >>> drop(torch.ones(4), torch.tensor([True, False, False, False]), 1.5)
+        tensor([0.0000, 1.5000, 1.5000, 1.5000])
+    """
+    return (x * scale).masked_fill_(dropped, 0.0)
+
+
+def expected_scale(drop_prob: Tensor | float) -> Tensor | float:
+    """Return 1 / (1 - drop_prob), which keeps the mean where each feature is dropped with that probability.
+
+    Args:
+        drop_prob: in [0, 1).
+
+    Returns:
+        The factor; for a tensor in float32, since a coarser type would bias the mean.
+
+    Example:
+        >>> expected_scale(0.5)
+        2.0
+    """
+    return 1.0 / (1.0 - (drop_prob.float() if isinstance(drop_prob, Tensor) else drop_prob))
+
+
+def kept_ratio(dropped: Tensor) -> Tensor:
+    """Return (number of features) / (number kept) over the batch.
+
+    Args:
+        dropped: bool.
+
+    Returns:
+        The ratio, 0-d float32; exactly 1 where nothing is dropped, and 1 where nothing is kept.
+
+    Example:
+        >>> kept_ratio(torch.tensor([True, False, False, False]))
+        tensor(1.3333)
+    """
+    kept = dropped.numel() - dropped.count_nonzero()
+    return torch.where(kept > 0, dropped.numel() / kept, 1.0)

@@ -1,0 +1,38 @@
+"""DropBlock as a module."""
+
+from torch import Tensor
+
+from lightning_dropcluster.checks import check_bool, check_number
+from lightning_dropcluster.functional import drop_block
+from lightning_dropcluster.regularizers.regularizer import Regularizer
+
+
+class DropBlock(Regularizer):
+    """Drop square blocks of features; see `functional.drop_block`.
+
+    Args:
+        drop_prob: probability in [0, 1) that a feature is dropped, where blocks did not overlap.
+        block_size: side of a block, at least 1; cut to the size of smaller maps.
+        per_map: True draws for each feature map, False once for all feature maps of a sample.
+        paired: see `Regularizer`; blocks of a pair never begin at the same feature, but may overlap.
+
+    Example:
+        >>> DropBlock(0.1, block_size=5)
+        DropBlock(drop_prob=0.1, block_size=5, per_map=True)
+    """
+
+    def __init__(
+        self, drop_prob: float = 0.1, *, block_size: int = 7, per_map: bool = True, paired: bool = False
+    ) -> None:
+        super().__init__(drop_prob, paired=paired)
+        check_bool("per_map", per_map)
+        self.block_size = check_number("block_size", block_size, 1, integer=True)
+        self.per_map = per_map
+
+    def regularize(self, x: Tensor) -> Tensor:
+        """Drop blocks of an activation (N, C, *spatial)."""
+        return drop_block(x, self.drop_prob, self.block_size, per_map=self.per_map, draw=self.draw)
+
+    def extra_repr(self) -> str:
+        """Return the settings, as `repr` shows them."""
+        return f"{super().extra_repr()}, block_size={self.block_size}, per_map={self.per_map}"

@@ -1,0 +1,231 @@
+"""Every regulariser of the registry goes through the same tests."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
+
+from lightning_dropcluster import REGULARIZERS, Regularizer
+from lightning_dropcluster.functional import expected_drop_rate
+
+CHANNELS, SPATIAL = 4, (6, 8)
+LABELS = (torch.arange(CHANNELS * 48) % 7).reshape(CHANNELS, *SPATIAL)
+
+
+def without_overlap(drop_prob: float) -> float:
+    return drop_prob
+
+
+def blocks_of_3(drop_prob: float) -> float:
+    return expected_drop_rate(SPATIAL, drop_prob, 3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to make a regulariser, and which of the common promises it keeps.
+
+    Args:
+        options: further arguments of the constructor.
+        rate: the share of features dropped on average, as a function of drop_prob.
+        any_size: whether it takes activations of any spatial size.
+        shared: bound on what both halves of a pair drop, in units of what independent halves do.
+    """
+
+    options: dict
+    rate: Callable[[float], float] = without_overlap
+    any_size: bool = True
+    shared: float = 1e-9
+
+
+CASES = {
+    "cluster_drop": Case({"labels": LABELS}, any_size=False),
+    "drop_block": Case({"block_size": 3}, blocks_of_3, shared=0.9),
+    "dropout": Case({}),
+    "spatial_dropout": Case({}),
+}
+PEERS = [name for name in CASES if issubclass(REGULARIZERS[name], Regularizer)]
+SIZES = [name for name in CASES if CASES[name].any_size]
+
+
+def make(name: str, drop_prob: float = 0.2) -> nn.Module:
+    return REGULARIZERS[name](drop_prob=drop_prob, **CASES[name].options)
+
+
+def make_input(samples: int = 8, spatial: tuple[int, ...] = SPATIAL, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(samples, CHANNELS, *spatial, generator=generator)
+
+
+def seeded(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    torch.manual_seed(7)
+    return module(x)
+
+
+def standard_error(values: Tensor) -> Tensor:
+    return values.std() / len(values) ** 0.5
+
+
+def test_every_regulariser_has_a_case():
+    assert CASES.keys() == REGULARIZERS.keys()
+
+
+@pytest.mark.parametrize("name", CASES)
+class TestRegularizer:
+    def test_is_the_identity_in_eval_mode(self, name):
+        x = make_input()
+        assert make(name).eval()(x) is x
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_is_the_identity_at_drop_prob_zero_to_the_last_bit(self, name, dtype):
+        x = make_input().to(dtype)
+        x.flatten()[:3] = torch.tensor([-0.0, torch.inf, -torch.inf])
+        assert torch.equal(make(name, 0.0)(x).view(torch.uint8), x.view(torch.uint8))
+
+    @pytest.mark.parametrize("drop_prob", [0.1, 0.4])
+    def test_drops_the_share_that_it_says(self, name, drop_prob):
+        torch.manual_seed(0)
+        x = make_input(samples=2000)
+        shares = (make(name, drop_prob)(x) == 0).float().mean((1, 2, 3))
+        assert (shares.mean() - CASES[name].rate(drop_prob)).abs() < 4 * standard_error(shares)
+
+    def test_keeps_the_mean(self, name):
+        torch.manual_seed(0)
+        module, x = make(name), make_input(samples=16).abs()
+        means = torch.stack([module(x).mean() for _ in range(400)])
+        assert (means.mean() - x.mean()).abs() < 4 * standard_error(means)
+        assert standard_error(means) < 0.02 * x.mean()
+
+    def test_scales_all_that_it_keeps_alike(self, name):
+        x = make_input()
+        factors = seeded(make(name), x) / x
+        kept = factors[factors != 0]
+        assert 0 < len(kept) < x.numel()
+        torch.testing.assert_close(kept, kept[:1].expand_as(kept))
+        assert kept[0] > 1
+
+    def test_stays_finite_where_nearly_all_is_dropped(self, name):
+        x = make_input().requires_grad_()
+        out = make(name, 0.99999999)(x)
+        out.sum().backward()
+        assert out.isfinite().all()
+        assert x.grad.isfinite().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+    def test_keeps_the_dtype(self, name, dtype):
+        x = make_input().to(dtype)
+        out = seeded(make(name), x)
+        assert out.dtype == dtype
+        reference = seeded(make(name), x.double())
+        torch.testing.assert_close(out.double(), reference, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+    def test_keeps_the_dtype_under_autocast(self, name):
+        x = make_input().bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert seeded(make(name), x).dtype == torch.bfloat16
+            assert seeded(make(name), x.float()).dtype == torch.float32
+
+    def test_keeps_the_memory_format_and_gives_the_same_in_it(self, name):
+        x = make_input()
+        last = x.contiguous(memory_format=torch.channels_last)
+        out = seeded(make(name), last)
+        assert out.stride() == last.stride()
+        torch.testing.assert_close(out, seeded(make(name), x))
+
+    def test_leaves_its_input_alone(self, name):
+        x = make_input()
+        before = x.clone()
+        make(name)(x)
+        assert torch.equal(x, before)
+
+    def test_has_exact_gradients_for_a_fixed_draw(self, name):
+        module, x = make(name), make_input(samples=1).double().requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: seeded(module, x), x)
+
+    def test_activation_checkpointing_repeats_the_draw(self, name):
+        module, gradients = make(name), []
+        for call in (module, lambda x: checkpoint(module, x, use_reentrant=False)):
+            x = make_input().requires_grad_()
+            seeded(call, x).square().sum().backward()
+            gradients.append(x.grad)
+        assert torch.equal(*gradients)
+
+    def test_compiles_without_a_graph_break_and_once_for_all_probabilities(self, name):
+        torch.compiler.reset()
+        module, x, counter = make(name), make_input(), CompileCounter()
+        compiled = torch.compile(module, fullgraph=True, backend=counter)
+        for drop_prob in (0.0, 0.1, 0.35):
+            module.set_drop_prob(drop_prob)
+            torch.testing.assert_close(seeded(compiled, x), seeded(module, x))
+        assert counter.frame_count == 1
+
+    def test_sets_its_probability_in_place(self, name):
+        module = make(name)
+        buffer = module.drop_prob
+        module.set_drop_prob(0.5)
+        assert module.drop_prob is buffer
+        assert buffer == 0.5
+
+    @pytest.mark.parametrize("drop_prob", [-0.1, 1.0, float("nan")])
+    def test_refuses_probabilities_out_of_range(self, name, drop_prob):
+        for call in (make(name).set_drop_prob, lambda value: make(name, value)):
+            with pytest.raises(ValueError, match=r"drop_prob=.*: must be .*in \[0, 1\)"):
+                call(drop_prob)
+
+    def test_copies_and_pickles_are_equal_and_apart(self, name):
+        module, x = make(name), make_input()
+        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert torch.equal(seeded(other, x), seeded(module, x))
+            other.set_drop_prob(0.9)
+            assert module.drop_prob == pytest.approx(0.2)
+
+    def test_shows_its_settings(self, name):
+        assert repr(make(name)).startswith(f"{REGULARIZERS[name].__name__}(")
+        assert "drop_prob=0.2" in repr(make(name))
+
+    def test_ranks_seeded_alike_draw_apart(self, name):
+        first, second = make(name), make(name)
+        second.shift = 0.618
+        x = make_input()
+        assert not torch.equal(seeded(first, x), seeded(second, x))
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("spatial", [(1,), (9,), (2, 1), (3, 4, 5)], ids=str)
+def test_takes_maps_of_any_size_and_number_of_dimensions(name, spatial):
+    x = make_input(spatial=spatial)
+    assert seeded(make(name), x).shape == x.shape
+
+
+@pytest.mark.parametrize("name", PEERS)
+class TestPeer:
+    def test_adds_nothing_to_the_state_dict(self, name):
+        assert not make(name).state_dict()
+
+    def test_drops_the_halves_of_a_pair_apart_and_as_much(self, name):
+        module, x, shared = make(name, 0.3), make_input(samples=2000), {}
+        for module.paired in (True, False):
+            first, second = (seeded(module, x) == 0).float().chunk(2)
+            shared[module.paired] = (first * second).mean()
+            difference = (first - second).mean((1, 2, 3))
+            assert difference.mean().abs() < 4 * standard_error(difference)
+        assert shared[True] < CASES[name].shared * shared[False]
+
+    def test_refuses_to_pair_an_odd_batch(self, name):
+        module = REGULARIZERS[name](paired=True, **CASES[name].options)
+        with pytest.raises(ValueError, match="paired=True"):
+            module(make_input(samples=3))
+
+    @pytest.mark.parametrize("drop_prob", ["0.1", None, True])
+    def test_refuses_probabilities_that_are_no_numbers(self, name, drop_prob):
+        with pytest.raises(TypeError, match="drop_prob="):
+            make(name, drop_prob)
+
+    def test_refuses_flags_that_are_none(self, name):
+        with pytest.raises(TypeError, match="paired=1"):
+            REGULARIZERS[name](paired=1, **CASES[name].options)
