@@ -80,7 +80,8 @@ def test_eval_output_is_that_of_a_model_which_never_had_the_callback(loader):
 def test_training_before_the_first_labels_is_bit_identical_to_plain_training(loader):
     plain, gathered = Classifier(), Classifier()
     make_trainer(max_epochs=1).fit(plain, loader)
-    make_trainer(make_callback(num_samples=10_000, start=0.0), max_epochs=1).fit(gathered, loader)
+    with pytest.warns(UserWarning, match="ended before num_samples=10000 samples were gathered"):
+        make_trainer(make_callback(num_samples=10_000, start=0.0), max_epochs=1).fit(gathered, loader)
     assert plain.losses == gathered.losses
     assert equal(plain.state_dict(), gathered.state_dict())
 
@@ -288,7 +289,8 @@ def test_labels_awaited_in_the_background_are_in_the_checkpoint(loader, tmp_path
 def test_checkpoints_load_safely_and_into_plain_timm(loader, tmp_path):
     trainer = make_trainer(make_callback(num_samples=10_000))
     module = Classifier()
-    trainer.fit(module, loader)
+    with pytest.warns(UserWarning, match="nothing was dropped"):
+        trainer.fit(module, loader)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
     weights = {k.removeprefix("model."): v for k, v in state["state_dict"].items()}

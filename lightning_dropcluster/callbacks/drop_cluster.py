@@ -1,6 +1,7 @@
 """DropCluster: learn clusters while the model trains, and drop them."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lightning_dropcluster import ranks
 from lightning_dropcluster.callbacks.base import LayerCallback, Layers
 from lightning_dropcluster.checks import check_bool, check_choice, check_not_both, check_number
 from lightning_dropcluster.clustered_layers import ClusteredLayers, Report
@@ -192,8 +194,10 @@ class DropCluster(LayerCallback):
             self._layers.raise_if_silent()
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Wait for labels that are still being made."""
+        """Wait for labels that are still being made; say so where there never were any."""
         self._layers.finish()
+        if not trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            self._warn_of_no_clusters()
 
     def detach(self) -> None:
         """Take all hooks off; the labels stay. Nothing happens where no hook is on."""
@@ -277,6 +281,15 @@ class DropCluster(LayerCallback):
             raise ValueError(
                 f"initial_labels: has labels of {', '.join(map(repr, self._first_clusters))}, but of none of "
                 f"the chosen layers ({', '.join(self._hooked)})"
+            )
+
+    def _warn_of_no_clusters(self) -> None:
+        window = self._layers.window
+        if window is not None and not self._layers.clusters and ranks.rank() == 0:
+            warnings.warn(
+                f"DropCluster: training ended before num_samples={window.num_samples} samples were gathered, "
+                "so no clusters were made and nothing was dropped; lower num_samples, or start earlier",
+                stacklevel=2,
             )
 
 
