@@ -5,6 +5,7 @@ from importlib.metadata import version
 from lightning_dropcluster.callbacks import DropCluster
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, ReNA, TorchKMeans, Ward
 from lightning_dropcluster.layers import select_layers
+from lightning_dropcluster.preview import preview
 from lightning_dropcluster.regularizers import (
     REGULARIZERS,
     ClusterDrop,
@@ -31,5 +32,6 @@ __all__ = [
     "TorchKMeans",
     "Ward",
     "plot_clusters",
+    "preview",
     "select_layers",
 ]

@@ -110,7 +110,7 @@ def check_patterns(layers: Pattern | Sequence[Pattern]) -> list[Pattern]:
         raise ValueError(f"layers={layers!r}: give at least one pattern")
     for pattern in patterns:
         if isinstance(pattern, str):
-            _compile(pattern)
+            compile_pattern(pattern)
         elif not callable(pattern) or isinstance(pattern, type | nn.Module):
             raise TypeError(
                 f"layers={pattern!r}: a pattern is a string or a callable (name, module) -> bool, "
@@ -153,7 +153,7 @@ def _module_names(root: nn.Module) -> dict[str, nn.Module]:
 
 def _pick(names: dict[str, nn.Module], pattern: Pattern, types: tuple[type[nn.Module], ...]) -> list[str]:
     """Apply one pattern from the root, else from each direct child."""
-    matches = _compile(pattern) if isinstance(pattern, str) else pattern
+    matches = compile_pattern(pattern) if isinstance(pattern, str) else pattern
     candidates = {name: module for name, module in names.items() if isinstance(module, types)}
     picked = [name for name, module in candidates.items() if matches(name, module)]
     if picked:
@@ -198,7 +198,7 @@ def _explain_no_match(
 
 def _matching_names(names: Iterable[str], pattern: str) -> list[str]:
     """Names that a string matches whatever stands under them, from the root or else from its children."""
-    matches, module = _compile(pattern), nn.Identity()
+    matches, module = compile_pattern(pattern), nn.Identity()
     return [name for name in names if matches(name, module)] or [
         name for name in names if "." in name and matches(name.partition(".")[2], module)
     ]
@@ -225,7 +225,7 @@ def nearest_names(pattern: str, names: Iterable[str], count: int = 5) -> list[st
     return sorted(names, key=likeness, reverse=True)[:count]
 
 
-def _compile(pattern: str) -> Callable[[str, nn.Module], bool]:
+def compile_pattern(pattern: str) -> Callable[[str, nn.Module], bool]:
     """Turn a glob, or a regular expression after ``re:``, into a predicate on (name, module)."""
     if not pattern.removeprefix("re:").strip():
         raise ValueError(f"layers={pattern!r}: a pattern must not be empty")

@@ -1,0 +1,150 @@
+"""The command line: what the callback would work on in a timm model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_dropcluster.layers import nearest_names, select_layers
+from lightning_dropcluster.listing import print_layers
+from lightning_dropcluster.preview import Preview, preview
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+_PROG = "lightning-dropcluster"
+_MISSING = "{error}: this command needs more packages: pip install 'lightning-dropcluster[cli]'"
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: what stands after the command; ``sys.argv`` where it is ``None``.
+
+    Raises:
+        SystemExit: with a message, where an argument is wrong or a package is missing.
+    """
+    try:
+        import rich  # noqa: F401
+        from jsonargparse import ArgumentParser
+    except ImportError as error:
+        raise SystemExit(_MISSING.format(error=error)) from error
+    parser = ArgumentParser(prog=_PROG, description="See what DropCluster would work on.")
+    commands = parser.add_subcommands(dest="command")
+    for name, (run, add_arguments) in _COMMANDS.items():
+        sub = ArgumentParser(description=_first_line(run))
+        add_arguments(sub)
+        commands.add_subcommand(name, sub, help=_first_line(run))
+    parsed = parser.parse_args(args)
+    run, _ = _COMMANDS[parsed.command]
+    try:
+        run(**parsed[parsed.command].as_dict())
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{_PROG} {parsed.command}: {error}") from error
+
+
+def layers(
+    model: str,
+    match: list[str] | None = None,
+    *,
+    input: str | None = None,
+    show_all: bool = False,
+    num_clusters: int | None = None,
+    cluster_size: float | None = None,
+    scope: str = "map",
+    num_samples: int = 1024,
+    sketch_dim: int = 64,
+) -> None:
+    """List the conv layers of a timm model, and what a pattern picks.
+
+    Args:
+        model: name of a timm model, such as resnet50.
+        match: patterns, as for DropCluster(layers=...).
+        input: input size, such as 3x224x224, 3x160x192 or 224; the model's own by default.
+        show_all: with --match, show every layer that is not picked too.
+        num_clusters: clusters per feature map.
+        cluster_size: or mean number of features per cluster; 16 by default.
+        scope: what is grouped: map, position, layer or channel.
+        num_samples: samples gathered for each clustering.
+        sketch_dim: dimensions of the sketch.
+
+    Raises:
+        ValueError: where there is no such model, or an argument does not fit it.
+    """
+    settings = {"num_clusters": num_clusters, "cluster_size": cluster_size, "scope": scope}
+    settings |= {"num_samples": num_samples, "sketch_dim": sketch_dim}
+    shape = parse_size(input)
+    network, found = _look(model, shape, settings)
+    picked = None if match is None else set(select_layers(network, match))
+    size = "×".join(map(str, shape or network.default_cfg["input_size"]))
+    print_layers(model, size, found, picked, scope=scope, show_all=show_all)
+
+
+def parse_size(text: str | None) -> tuple[int, ...] | None:
+    """Read an input size.
+
+    Args:
+        text: such as ``"3x224x224"``, or ``"224"`` for three square channels.
+
+    Returns:
+        (C, H, W), or ``None`` where there is no text.
+
+    Raises:
+        ValueError: where the text is no size.
+
+    Example:
+        >>> parse_size("3x160x192"), parse_size("224")
+        ((3, 160, 192), (3, 224, 224))
+    """
+    if text is None:
+        return None
+    if not re.fullmatch(r"[1-9]\d*([x×,][1-9]\d*){0,2}", text) or text.count("x") == 1:
+        raise ValueError(f"input={text!r}: must be a size such as 3x224x224 or 224")
+    sides = [int(side) for side in re.split("[x×,]", text)]
+    return tuple(sides) if len(sides) == 3 else (3, *(sides * 2))
+
+
+def _look(name: str, shape: tuple[int, ...] | None, settings: dict[str, Any]) -> tuple[Any, Preview]:
+    """Build a model and preview all its conv layers: on the meta device, or in memory where it cannot."""
+    for device in ("meta", "cpu"):
+        try:
+            with torch.device(device):
+                model = _create(name, shape)
+            return model, preview(model, example_input=shape or model.default_cfg["input_size"], **settings)
+        except (NotImplementedError, RuntimeError, AssertionError) as error:
+            failure = error
+    raise ValueError(f"{name}: the model does not run on input={shape or 'its own size'}: {failure}")
+
+
+def _create(name: str, shape: tuple[int, ...] | None) -> Any:
+    import timm
+
+    if not timm.is_model(name):
+        near = ", ".join(nearest_names(name, timm.list_models()))
+        raise ValueError(f"model={name!r}: timm {timm.__version__} has no such model; nearest: {near}")
+    options: dict[str, Any] = {} if shape is None or shape[0] == 3 else {"in_chans": shape[0]}
+    return timm.create_model(name, **options)
+
+
+def _add_layers(parser: ArgumentParser) -> None:
+    parser.add_argument("model", type=str, help="name of a timm model, such as resnet50")
+    parser.add_argument(
+        "--match", nargs="+", type=str, metavar="PATTERN", help="patterns, as for DropCluster(layers=...)"
+    )
+    parser.add_argument(
+        "--all", action="store_true", dest="show_all", help="with --match, show the other layers too"
+    )
+    parser.add_function_arguments(layers, skip={"model", "match", "show_all"})
+
+
+def _first_line(function: Callable[..., None]) -> str:
+    return (function.__doc__ or "").partition("\n")[0]
+
+
+_COMMANDS: dict[str, tuple[Callable[..., None], Callable[[ArgumentParser], None]]] = {
+    "layers": (layers, _add_layers),
+}

@@ -1,0 +1,149 @@
+"""Name patterns for common choices of layers, found from the model itself."""
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torch import nn
+
+from lightning_dropcluster.layers import CONV_LAYERS, compile_pattern, select_layers
+from lightning_dropcluster.scopes import Shape
+
+_MOST_PATTERNS = 8  # a longer list says less than a look at the table
+
+_SHORTCUTS = {"downsample", "shortcut"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module in a forward pass.
+
+    Args:
+        name: of the module.
+        module: itself.
+        shape: (C, *spatial) of its output, ``None`` where that is no tensor.
+        ends_stage: whether it is one of `stage_ends`.
+    """
+
+    name: str
+    module: nn.Module
+    shape: Shape | None
+    ends_stage: bool = False
+
+    @property
+    def is_conv(self) -> bool:
+        """Whether a conv layer ran, on maps of more than one position (not a squeeze-and-excite's)."""
+        return isinstance(self.module, CONV_LAYERS) and bool(self.shape) and prod(self.shape[1:]) > 1
+
+
+def stage_ends(root: nn.Module) -> dict[str, nn.Module]:
+    """Find the modules with which the stages of a model end.
+
+    Args:
+        root: a timm model, or a module that has one as its child. timm's models say in ``feature_info``
+            where their stages end.
+
+    Returns:
+        Name to module; none for other models.
+    """
+    named = dict(root.named_modules())
+    ends = {}
+    for prefix, model in [("", root), *((f"{name}.", child) for name, child in root.named_children())]:
+        info = getattr(model, "feature_info", None)
+        for entry in getattr(info, "info", info) or ():
+            name = prefix + str(entry["module"])
+            if name in named:
+                ends[name] = named[name]
+    return ends
+
+
+def suggest_patterns(root: nn.Module, calls: Sequence[Call]) -> dict[str, list[str]]:
+    """Write common choices as patterns that pick exactly these layers.
+
+    Args:
+        root: the model.
+        calls: of all its conv layers and `stage_ends`, in the order in which they ran.
+
+    Returns:
+        Title to patterns, of the choices that the model has.
+    """
+    convs = [call for call in calls if call.is_conv]
+    if not convs:
+        return {}
+    ends = _last_convs(calls)
+    large = [call for call in convs if max(_kernel(call)) > 1]
+    late = convs[convs.index(ends[-3]) + 1 :] if len(ends) > 2 else []
+    choices = {
+        "stem": convs[:1],
+        "last conv of each stage": [call for call in ends if call != convs[0]],
+        "k × k convs of the last two stages": [call for call in large if call in late],
+        "all depthwise convs": [call for call in convs if _is_depthwise(call.module)],
+        "all k × k convs": large,
+    }
+    names = list(select_layers(root, "**"))
+    patterns = {title: cover(names, [c.name for c in chosen]) for title, chosen in choices.items() if chosen}
+    return {title: globs for title, globs in patterns.items() if len(globs) <= _MOST_PATTERNS}
+
+
+def cover(names: Collection[str], wanted: Collection[str]) -> list[str]:
+    """Find few short patterns that together pick the names wanted and no others.
+
+    Args:
+        names: of all layers.
+        wanted: some of them.
+
+    Returns:
+        Globs, in the order of ``wanted``.
+
+    Example:
+        >>> cover(["a.0.conv1", "a.0.conv2", "a.1.conv1", "a.1.conv2"], ["a.0.conv1", "a.1.conv1"])
+        ['**.conv1']
+    """
+    tally = Counter(pattern for name in wanted for pattern in _generalisations(name))
+    exact: dict[str, set[str]] = {name: {name} for name in wanted}
+    for pattern in (pattern for pattern, count in tally.items() if count > 1):
+        matches = compile_pattern(pattern)
+        picked = {name for name in names if matches(name, nn.Identity())}
+        if picked <= exact.keys():
+            exact[pattern] = picked
+    missing, chosen = set(wanted), []
+    while missing:
+        best = max(exact, key=lambda pattern: (len(exact[pattern] & missing), not pattern.endswith("**")))
+        chosen.append(best)
+        missing -= exact[best]
+    return chosen
+
+
+def _generalisations(name: str) -> Iterator[str]:
+    """Write a name as patterns that other names may share; with a number at its end it says too little."""
+    parts = name.split(".")
+    stars = ["*" if part.isdigit() else part for part in parts]
+    for count in range(1, len(parts)):
+        head, tail = ".".join(parts[:count]), ".".join(stars[count:])
+        if tail.strip("*."):
+            yield from (f"**.{tail.lstrip('*.')}", f"{head}.{tail}")
+        if not parts[-1].isdigit():
+            yield f"{head}.**.{parts[-1]}"
+        yield f"{head}.**"
+
+
+def _last_convs(calls: Sequence[Call]) -> list[Call]:
+    """Find the last conv that ran in each stage, shortcuts aside."""
+    found: list[Call] = []
+    last: Call | None = None
+    for call in calls:
+        if call.is_conv and not _SHORTCUTS & set(call.name.split(".")):
+            last = call
+        if call.ends_stage and last is not None:
+            found.append(last)
+    return list(dict.fromkeys(found))
+
+
+def _kernel(call: Call) -> tuple[int, ...]:
+    return getattr(call.module, "kernel_size", (1,))
+
+
+def _is_depthwise(conv: nn.Module) -> bool:
+    groups = getattr(conv, "groups", 1)
+    return groups > 1 and groups == getattr(conv, "in_channels", None)

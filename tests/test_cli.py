@@ -1,0 +1,130 @@
+"""The command line as users meet it: what it prints, and what it says where something is wrong."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from lightning_dropcluster.cli import main, parse_size
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run the command at a width, and return what it printed."""
+
+    def run(*args, columns=80):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        main(args)
+        return capsys.readouterr().out
+
+    return run
+
+
+def fails(capsys, *args):
+    with pytest.raises(SystemExit) as error:
+        main(args)
+    return f"{error.value}\n{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_every_conv_layer_has_a_row(run, columns):
+    lines = run("layers", "resnet18", columns=columns).splitlines()
+    assert lines[0].rstrip() == "resnet18 at 3×224×224"
+    rows = [line.split() for line in lines if "Conv2d" in line]
+    assert len(rows) == 20
+    assert rows[0] == ["conv1", "Conv2d", "64×112×112", "802,816", "64", "×", "784", "215.2", "MB"]
+    assert max(map(len, (line.rstrip() for line in lines if "layers=" not in line))) <= columns
+
+
+def test_what_a_pattern_picks_is_marked_and_the_rest_counted(run):
+    out = run("layers", "resnet18", "--match", "layer4.*.conv2")
+    assert re.findall(r"● +(\S+)", out) == ["layer4.0.conv2", "layer4.1.conv2"]
+    assert "… 16 more" in out
+    assert "2 layers" in out
+    every = run("layers", "resnet18", "--match", "layer4.*.conv2", "--all")
+    assert every.count("Conv2d") == 20
+    assert every.count("●") == 2
+
+
+def test_several_patterns_and_settings(run):
+    out = run("layers", "resnet18", "--match", "conv1", "re:^layer1", "--scope=position", "--num_clusters=9")
+    assert out.count("●") == 5
+    assert re.search(r"● +conv1 .* 802,816 +9 ", out)
+
+
+@pytest.mark.parametrize(("size", "title"), [("1x28x28", "1×28×28"), ("64", "3×64×64")])
+def test_other_input_sizes(run, size, title):
+    assert run("layers", "resnet18", "--input", size).startswith(f"resnet18 at {title}")
+
+
+def test_suggestions_can_be_pasted(run):
+    out = run("layers", "resnet50")
+    pasted = [eval(f"dict({line.strip()})")["layers"] for line in out.splitlines() if "layers=" in line]
+    assert pasted[0] == "conv1"
+    assert pasted[2] == ["layer3.*.conv2", "layer4.*.conv2"]
+
+
+def test_one_by_one_maps_have_a_note(run):
+    assert "9 of these have maps of 1 × 1" in run(
+        "layers", "mobilenetv3_small_050", "--match", "**.se.conv_reduce"
+    )
+    assert "maps of 1 × 1" not in run(
+        "layers", "mobilenetv3_small_050", "--match", "**.se.*", "--scope=channel"
+    )
+
+
+def test_a_pipe_gets_whole_names(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    main(["layers", "hrnet_w18_small", "--match", "re:^never$|conv1$"])
+    assert "stage4.0.branches.0.0.conv1 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["resnte50"], "model='resnte50': timm .* has no such model; nearest: resnet50, "),
+        (
+            ["resnet18", "--match", "layr1.conv"],
+            "layers='layr1.conv' matches no layer; nearest .*layer1.0.conv1",
+        ),
+        (["resnet18", "--input", "3x7"], "input='3x7': must be a size such as 3x224x224 or 224"),
+        (["resnet18", "--scope", "maps"], "scope='maps': must be one of map, position"),
+        (["vit_tiny_patch16_224", "--input", "32"], "does not run on input=.*doesn't match model"),
+        (["resnet18", "--match", "re:("], "no valid regular expression"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(capsys, args, message):
+    said = fails(capsys, "layers", *args).strip()
+    assert re.fullmatch(f"lightning-dropcluster layers: .*{message}.*", said)
+
+
+@pytest.mark.parametrize("text", ["", "3x", "x", "0x2x2", "3x7", "axb", "3x4x5x6"])
+def test_bad_sizes(text):
+    with pytest.raises(ValueError, match="must be a size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("package", ["rich", "jsonargparse"])
+def test_a_missing_package_names_the_extra(capsys, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert "pip install 'lightning-dropcluster[cli]'" in fails(capsys, "layers", "resnet18")
+
+
+def test_help_comes_from_the_docstring(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["layers", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "List the conv layers of a timm model" in out
+    assert "samples gathered for each clustering. (type: int, default: 1024)" in out
+
+
+def test_python_dash_m():
+    ran = subprocess.run(
+        [sys.executable, "-m", "lightning_dropcluster", "layers", "resnet18", "--match", "nothing_such"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 1
+    assert "layers='nothing_such' matches no layer" in ran.stderr

@@ -1,0 +1,101 @@
+"""Suggested patterns: exact by construction, right for the families of timm."""
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_dropcluster import preview, select_layers
+from lightning_dropcluster.layers import compile_pattern
+from lightning_dropcluster.suggestions import cover
+
+STEM, ENDS, LATE = "stem", "last conv of each stage", "k × k convs of the last two stages"
+DEPTHWISE, LARGE = "all depthwise convs", "all k × k convs"
+
+FAMILIES = {
+    "resnet18": ("conv1", ["layer1.1.conv2", "layer2.1.conv2", "layer3.1.conv2", "layer4.1.conv2"]),
+    "convnext_atto": ("stem.0", [f"stages.{i}.blocks.{j}.mlp.fc2" for i, j in enumerate((1, 1, 5, 1))]),
+    "efficientnet_b0": (
+        "conv_stem",
+        ["blocks.0.0.conv_pw", *(f"blocks.{i}.conv_pwl" for i in ("1.1", "2.1", "4.2", "6.0"))],
+    ),
+    "vgg11": ("features.0", [f"features.{i}" for i in (3, 8, 13, 18)]),
+    "regnetx_002": ("stem.conv", [f"s{i}.b{j}.conv3.conv" for i, j in ((1, 1), (2, 1), (3, 4), (4, 7))]),
+    "mobilenetv3_small_050": (
+        "conv_stem",
+        ["blocks.0.0.conv_pw", "blocks.1.1.conv_pwl", "blocks.3.1.conv_pwl", "blocks.5.0.conv"],
+    ),
+    "densenet121": (
+        "features.conv0",
+        [f"features.denseblock{i}.denselayer{j}.conv2" for i, j in ((1, 6), (2, 12), (3, 24), (4, 16))],
+    ),
+    "vit_tiny_patch16_224": ("patch_embed.proj", None),
+}
+
+
+def on_meta(name):
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family):
+    model = on_meta(family)
+    stem, ends = FAMILIES[family]
+    patterns = preview(model, example_input=model.default_cfg["input_size"]).patterns
+    assert patterns[STEM] == [stem]
+    assert patterns.get(ENDS) == ends
+    convs = select_layers(model, "**")
+    assert set(select_layers(model, patterns[LARGE])) == {
+        name for name, conv in convs.items() if max(conv.kernel_size) > 1 and "pre_logits" not in name
+    }  # VGG's classifier is a conv of 7 × 7 whose maps are 1 × 1
+    depthwise = {name for name, conv in convs.items() if conv.groups == conv.in_channels > 1}
+    picked = select_layers(model, patterns[DEPTHWISE]) if DEPTHWISE in patterns else {}
+    assert set(picked) == depthwise
+
+
+@pytest.mark.parametrize(
+    ("family", "late"),
+    [
+        ("resnet50", ["layer3.*.conv2", "layer4.*.conv2"]),
+        ("vgg11", [f"features.{i}" for i in (11, 13, 16, 18)]),
+    ],
+)
+def test_last_two_stages(family, late):
+    assert preview(on_meta(family), example_input=(3, 224, 224)).patterns[LATE] == late
+
+
+def test_names_have_the_childs_prefix_in_a_lightning_module():
+    parts = nn.ModuleDict({"model": on_meta("resnet18")})
+    patterns = preview(parts, example_input=(3, 64, 64)).patterns
+    assert patterns[ENDS][0] == "model.layer1.1.conv2"
+
+
+def test_a_model_that_names_no_stages_has_patterns_too():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 2, 1))
+    assert preview(model, example_input=(3, 9, 9)).patterns == {
+        STEM: ["0"],
+        DEPTHWISE: ["1"],
+        LARGE: ["0", "1"],
+    }
+
+
+def test_a_model_without_convs_has_none():
+    assert preview(nn.Sequential(nn.Linear(2, 2)), "0", (2,), layer_types=nn.Linear).patterns == {}
+
+
+segment = st.sampled_from(["a", "b", "0", "1", "conv1", "conv2"])
+names = st.lists(
+    st.lists(segment, min_size=1, max_size=4).map(".".join), min_size=1, max_size=12, unique=True
+)
+
+
+@given(names.flatmap(lambda every: st.tuples(st.just(every), st.sets(st.sampled_from(every), min_size=1))))
+def test_a_cover_picks_exactly_what_is_wanted(case):
+    every, wanted = case
+    layer = dict.fromkeys(every, nn.Identity())
+    patterns = [compile_pattern(pattern) for pattern in cover(every, list(wanted))]
+    assert {name for name in every if any(matches(name, layer[name]) for matches in patterns)} == wanted
+    assert len(patterns) <= len(wanted)
