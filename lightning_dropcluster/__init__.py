@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from lightning_dropcluster.callbacks import DropCluster
+from lightning_dropcluster.callbacks import DropCluster, StructuredDropout
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, ReNA, TorchKMeans, Ward
 from lightning_dropcluster.layers import select_layers
 from lightning_dropcluster.preview import preview
@@ -29,6 +29,7 @@ __all__ = [
     "ReNA",
     "Regularizer",
     "SpatialDropout",
+    "StructuredDropout",
     "TorchKMeans",
     "Ward",
     "plot_clusters",

@@ -191,12 +191,8 @@ class ClusteredLayers:
         Raises:
             RuntimeError: where one has not on any rank, naming it there.
         """
-        silent = self._injection.silent() if self._injection is not None else []
-        error = RuntimeError(
-            f"layers: {', '.join(map(repr, silent))} did not run in any training step so far; "
-            "choose layers whose forward the training step calls"
-        )
-        ranks.raise_together(error if silent else None, self._device)
+        error = self._injection.silence() if self._injection is not None else None
+        ranks.raise_together(error, self._device)
 
     def check_clusterer(self) -> None:
         """Let the clusterer solve a tiny problem, so that a faulty one fails now and not in mid-training.

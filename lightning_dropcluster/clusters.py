@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropcluster.clustering.protocol import INTEGERS
+from lightning_dropcluster.layers import count_channels
 from lightning_dropcluster.regularizers.cluster_drop import smallest_integer_type
 from lightning_dropcluster.scopes import Scope, Shape
 
@@ -153,8 +154,8 @@ def check_channels(clusters: Clusters, layer: nn.Module, name: str) -> None:
     Raises:
         ValueError: where the layer tells another number of channels.
     """
-    channels = getattr(layer, "out_channels", getattr(layer, "num_features", None))
-    if isinstance(channels, int) and channels != clusters.shape[0]:
+    channels = count_channels(layer)
+    if channels is not None and channels != clusters.shape[0]:
         raise ValueError(
             f"labels of layer {name!r} have {clusters.shape[0]} channels, but the layer has {channels}"
         )

@@ -86,6 +86,16 @@ class Injection:
         """
         return [name for name, hook in self._hooks.items() if not hook.fired]
 
+    def silence(self) -> RuntimeError | None:
+        """Return what to raise where a layer has not run in training mode.
+
+        Returns:
+            An error that names the layers, ``None`` where all have run.
+        """
+        silent = ", ".join(map(repr, self.silent()))
+        text = f"layers: {silent} did not run in any training step so far; "
+        return RuntimeError(text + "choose layers whose forward the training step calls") if silent else None
+
     def __enter__(self) -> "Injection":
         return self.attach()
 

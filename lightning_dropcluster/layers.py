@@ -143,6 +143,19 @@ def check_layer_types(layer_types: LayerTypes | None) -> tuple[type[nn.Module], 
     return types  # pyright: ignore[reportReturnType]
 
 
+def count_channels(layer: nn.Module) -> int | None:
+    """Return how many channels a layer gives.
+
+    Args:
+        layer: a conv, a norm, or any other module.
+
+    Returns:
+        The number, ``None`` where the layer does not tell it.
+    """
+    channels = getattr(layer, "out_channels", getattr(layer, "num_features", None))
+    return channels if isinstance(channels, int) else None
+
+
 def _module_names(root: nn.Module) -> dict[str, nn.Module]:
     """Name every module; of a wrapper and what it wraps, the inner one keeps the common name."""
     names: dict[str, nn.Module] = {}

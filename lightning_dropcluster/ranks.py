@@ -74,9 +74,7 @@ def raise_together(error: BaseException | None, device: torch.device) -> None:
     if error is not None:
         raise error
     if culprits:
-        raise RuntimeError(
-            f"reclustering failed on rank {', '.join(map(str, culprits))}: see the error there"
-        )
+        raise RuntimeError(f"failed on rank {', '.join(map(str, culprits))}: see the error there")
 
 
 def _is_distributed() -> bool:

@@ -30,20 +30,8 @@ def read_state(state: Any, scope: str) -> dict[str, Clusters]:
     _require_entries("state_dict", state, _ENTRIES)
     if state["scope"] != scope:
         raise ValueError(f"state_dict: it was written with scope={state['scope']!r}, not scope={scope!r}")
-    _require_entries("state_dict['progress']", state["progress"], _PROGRESS)
-    if type(state["progress"]["counts_steps"]) is not bool:
-        raise TypeError(f"state_dict: counts_steps={state['progress']['counts_steps']!r} must be a bool")
-    origin = state["progress"]["origin"]
-    counts = {name: state["progress"][name] for name in ("passed", "every")}
-    counts["windows_opened"] = state["windows_opened"]
-    if origin is not None:
-        counts["origin"] = origin
-    for name, count in counts.items():
-        if type(count) is not int or count < 0:
-            raise ValueError(f"state_dict: {name}={count!r} must be an integer of at least 0")
-    fraction = state["progress"]["start_fraction"]
-    if fraction is not None and (not isinstance(fraction, int | float) or not 0.0 <= fraction <= 1.0):
-        raise ValueError(f"state_dict: start_fraction={fraction!r} must be a number in [0, 1] or None")
+    _check_progress(state["progress"])
+    _check_count("windows_opened", state["windows_opened"])
     _require_mapping("state_dict['clusters']", state["clusters"])
     _require_mapping("state_dict['shapes']", state["shapes"])
     for name, shape in state["shapes"].items():
@@ -54,6 +42,40 @@ def read_state(state: Any, scope: str) -> dict[str, Clusters]:
         str(name): clusters_from_state(entry, SCOPES[scope], str(name))
         for name, entry in state["clusters"].items()
     }
+
+
+def check_regularizers(state: Any) -> None:
+    """Check a whole state of a StructuredDropout.
+
+    Args:
+        state: what ``StructuredDropout.state_dict`` returned.
+
+    Raises:
+        TypeError: where an entry has a wrong type.
+        ValueError: where an entry is missing or out of its range.
+    """
+    _require_entries("state_dict", state, ("progress", "regularizers"))
+    _check_progress(state["progress"])
+    _require_mapping("state_dict['regularizers']", state["regularizers"])
+    for name, tensors in state["regularizers"].items():
+        _require_mapping(f"state_dict['regularizers'][{name!r}]", tensors)
+
+
+def _check_progress(progress: Any) -> None:
+    _require_entries("state_dict['progress']", progress, _PROGRESS)
+    if type(progress["counts_steps"]) is not bool:
+        raise TypeError(f"state_dict: counts_steps={progress['counts_steps']!r} must be a bool")
+    for name in ("passed", "every", "origin"):
+        if name != "origin" or progress[name] is not None:
+            _check_count(name, progress[name])
+    fraction = progress["start_fraction"]
+    if fraction is not None and (not isinstance(fraction, int | float) or not 0.0 <= fraction <= 1.0):
+        raise ValueError(f"state_dict: start_fraction={fraction!r} must be a number in [0, 1] or None")
+
+
+def _check_count(name: str, count: Any) -> None:
+    if type(count) is not int or count < 0:
+        raise ValueError(f"state_dict: {name}={count!r} must be an integer of at least 0")
 
 
 def _check_window(window: Any) -> None:
@@ -87,7 +109,7 @@ def _require_entries(what: str, value: Any, entries: tuple[str, ...]) -> None:
     _require_mapping(what, value)
     missing = [entry for entry in entries if entry not in value]
     if missing:
-        raise ValueError(f"{what}: {', '.join(missing)} missing; it was not written by DropCluster")
+        raise ValueError(f"{what}: {', '.join(missing)} missing; it was not written by this callback")
 
 
 def _require_mapping(what: str, value: Any) -> None:

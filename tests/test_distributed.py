@@ -202,7 +202,7 @@ def test_an_error_in_the_clusterer_of_one_rank_surfaces_on_all(world_size, overl
         if rank == 1:
             assert told["error"] == "ValueError: out of luck"
         else:
-            assert told["error"] == "RuntimeError: reclustering failed on rank 1: see the error there"
+            assert told["error"] == "RuntimeError: failed on rank 1: see the error there"
 
 
 @pytest.mark.long
@@ -242,7 +242,7 @@ def test_a_layer_that_is_silent_on_one_rank_is_an_error_on_all(num_samples, tmp_
     """Both where the window gets full, and where the epoch ends before."""
     results = run_ranks(train_silent, 2, tmp_path, num_samples)
     assert "layers: 'head' did not run in any training step" in results[1]["error"]
-    assert results[0]["error"] == "RuntimeError: reclustering failed on rank 1: see the error there"
+    assert results[0]["error"] == "RuntimeError: failed on rank 1: see the error there"
     assert [told["hooks"] for told in results] == [0, 0]
 
 

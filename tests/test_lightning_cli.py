@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD
 
-from lightning_dropcluster import DropCluster, TorchKMeans
+from lightning_dropcluster import DropBlock, DropCluster, StructuredDropout, TorchKMeans
 
 CONFIG = """
 trainer:
@@ -38,6 +38,16 @@ trainer:
           class_path: lightning_dropcluster.TorchKMeans
           init_args: {max_iter: 7}
         layer_types: [torch.nn.Conv2d, torch.nn.BatchNorm2d]
+    - class_path: lightning_dropcluster.StructuredDropout
+      init_args: {layers: "layer2.*.conv1", regularizer: drop_block, drop_prob: 0.2}
+    - class_path: lightning_dropcluster.StructuredDropout
+      init_args:
+        layers: "layer3.*.conv2"
+        regularizer:
+          class_path: lightning_dropcluster.DropBlock
+          init_args: {drop_prob: 0.3, block_size: 3}
+    - class_path: lightning_dropcluster.StructuredDropout
+      init_args: {layers: "layer4.*.conv2", regularizer: torch.nn.Dropout2d}
 """
 
 
@@ -77,3 +87,7 @@ def test_yaml(namespace, tmp_path, monkeypatch):
     assert isinstance(second._layers.clusterer, TorchKMeans)
     assert second._layers.clusterer.max_iter == 7
     assert second.layer_types == [nn.Conv2d, nn.BatchNorm2d]
+    structured = [c for c in ran.trainer.callbacks if isinstance(c, StructuredDropout)]
+    made = [next(iter(callback.regularizers.values())) for callback in structured]
+    assert [type(module) for module in made] == [DropBlock, DropBlock, nn.Dropout2d]
+    assert (made[0].block_size, made[1].block_size) == (7, 3)

@@ -199,7 +199,7 @@ def test_a_rank_without_samples_takes_over_the_others(both):
 def test_an_error_on_one_rank_is_raised_on_both(both):
     own, other = (
         "ValueError: out of luck",
-        "RuntimeError: reclustering failed on rank {}: see the error there",
+        "RuntimeError: failed on rank {}: see the error there",
     )
     assert both[0]["run_failures"] == [own, other.format(1)]
     assert both[1]["run_failures"] == [other.format(0), own]

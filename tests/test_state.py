@@ -105,7 +105,9 @@ def test_a_state_of_another_moment_is_taken(path, value):
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_missing_entry_is_named(entry):
-    with pytest.raises(ValueError, match=f"^state_dict: {entry} missing; it was not written by DropCluster"):
+    with pytest.raises(
+        ValueError, match=f"^state_dict: {entry} missing; it was not written by this callback"
+    ):
         read_state(altered(entry, MISSING), "map")
 
 

@@ -1,6 +1,7 @@
 """What the callbacks share: when to attach, to step and to let go. The only file that imports Lightning."""
 
 import importlib
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -37,7 +38,7 @@ class LayerCallback(_Base):
     """A callback that drops in chosen layers, to the measure of a schedule, and leaves nothing attached.
 
     Subclasses say what happens in `_attach`, `_begin_step`, `_state`, `_read_state` and `_load`, and extend
-    `detach`; this class says when.
+    `_reset` and `detach`; this class says when.
 
     Args:
         layers: which layers, see `select_layers`.
@@ -66,10 +67,18 @@ class LayerCallback(_Base):
 
     @property
     def drop_prob_now(self) -> float:
-        """The drop probability that this step uses; 0 outside training and before anything is dropped."""
+        """The drop probability that this step uses; 0 outside training and before anything is dropped.
+
+        NaN where a regulariser is applied that has none.
+        """
         return self._drop_prob_now
 
     # When things happen
+
+    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Forget an earlier training; not only later, since tuners save and restore the state before."""
+        if stage == "fit" and self._loaded is None and trainer.global_step == 0:
+            self._reset()
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Attach: the first moment at which every model exists, on its device, with its state loaded."""
@@ -103,7 +112,7 @@ class LayerCallback(_Base):
         if is_due:
             self._warn_of_eval_mode()
         self._drop_prob_now = self._begin_step(share, is_due)
-        if not trainer.barebones:
+        if not (trainer.barebones or math.isnan(self._drop_prob_now)):
             pl_module.log(f"{self._log_prefix}/drop_prob", self._drop_prob_now, batch_size=1)
 
     def on_exception(
@@ -164,6 +173,10 @@ class LayerCallback(_Base):
         return self._generate_state_key(layers=patterns, **settings)
 
     # What subclasses say
+
+    def _reset(self) -> None:
+        """Go back to before the start."""
+        self._progress.reset()
 
     def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Hook ``self._hooked``; forget an earlier training where a new one begins."""

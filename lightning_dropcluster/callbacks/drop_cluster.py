@@ -174,12 +174,6 @@ class DropCluster(LayerCallback):
 
     # When things happen
 
-    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Forget an earlier training; not only later, since tuners save and restore the state before."""
-        if stage == "fit" and self._loaded is None and trainer.global_step == 0:
-            self._layers.reset({})
-            self._progress.reset()
-
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -203,6 +197,10 @@ class DropCluster(LayerCallback):
         """Take all hooks off; the labels stay. Nothing happens where no hook is on."""
         super().detach()
         self._layers.detach()
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._layers.reset({})
 
     def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         self._layers.check_clusterer()

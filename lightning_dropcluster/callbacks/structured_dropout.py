@@ -1,0 +1,186 @@
+"""StructuredDropout: any module x -> x on layers chosen by pattern."""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_dropcluster import ranks
+from lightning_dropcluster.callbacks.base import LayerCallback, Layers
+from lightning_dropcluster.checks import check_choice, check_number
+from lightning_dropcluster.layers import select_layers
+from lightning_dropcluster.progress import Progress
+from lightning_dropcluster.regularized_layers import RegularizedLayers, unregister
+from lightning_dropcluster.regularizers import REGULARIZERS
+from lightning_dropcluster.regularizers.making import check_setting
+from lightning_dropcluster.schedules import constant, make_schedule
+from lightning_dropcluster.state import check_regularizers
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+
+class StructuredDropout(LayerCallback):
+    """Apply a regulariser, any module x -> x, to the outputs of chosen layers while the model trains.
+
+    Each layer gets a regulariser of its own. It acts in training steps alone, from ``start`` on, and no hook
+    stays after ``fit``. Where it has a method ``set_drop_prob(float)``, as those of `REGULARIZERS` with a
+    drop probability have, that follows the schedule.
+
+    A regulariser with parameters is learned with the model. In ``setup`` it becomes a child of its layer,
+    ``<layer>.structured_dropout``, where the optimiser, the device and the checkpoint find it, and it stays
+    there after ``fit``, without effect, until `unregister` takes it out. Before ``start`` its parameters are
+    unused, which DDP refuses unless it is told to find unused parameters.
+
+    Args:
+        layers: which layers, as in `DropCluster`.
+        regularizer: a module, copied for each layer; a name in `REGULARIZERS`; or a class or function that
+            makes a module, of nothing or of one argument, the layer's number of channels.
+        drop_prob: drop probability in [0, 1) at the end of the schedule; where it is ``None``, the module's
+            own. Only for modules with ``set_drop_prob``.
+        start: when dropping begins: a float is a fraction of training in [0, 1), an integer an epoch.
+        schedule: how drop_prob grows from ``start`` to the end of training: ``"linear"``, also where it is
+            ``None``, ``"cosine"``, ``"constant"``, or a callable fraction -> fraction. Only for modules with
+            ``set_drop_prob``; others are applied as they are from ``start`` on.
+        layer_types: the module types that patterns may pick; conv layers where it is ``None``.
+
+    Raises:
+        TypeError: where an argument has a wrong type.
+        ValueError: where an argument is out of its range, or does not go with the regulariser.
+
+    Example:
+        >>> from pytorch_lightning import Trainer
+        >>> callback = StructuredDropout("layer[34].**", nn.Dropout2d(0.1))
+        >>> trainer = Trainer(callbacks=[callback], logger=False)
+    """
+
+    log_name = "structured_dropout"
+
+    def __init__(
+        self,
+        layers: Layers,
+        regularizer: nn.Module | str | Callable[..., nn.Module],
+        drop_prob: float | None = None,
+        *,
+        start: int | float = 0,
+        schedule: str | Callable[[float], float] | None = None,
+        layer_types: type[nn.Module] | list[type[nn.Module]] | None = None,
+    ) -> None:
+        if isinstance(regularizer, str):
+            check_choice("regularizer", regularizer, REGULARIZERS)
+        elif not callable(regularizer):
+            raise TypeError(
+                f"regularizer={regularizer!r}: must be a torch.nn.Module, the name of one, or a callable "
+                f"that makes one, not {type(regularizer).__name__}"
+            )
+        if drop_prob is not None:
+            drop_prob = check_number("drop_prob", drop_prob, 0, 1, high_open=True)
+        source = REGULARIZERS[regularizer] if isinstance(regularizer, str) else regularizer
+        ramp = make_schedule("linear" if schedule is None else schedule)
+        super().__init__(layers, layer_types, Progress(start, ramp, every_n_epochs=0))
+        self.regularizer, self.drop_prob, self.schedule = regularizer, drop_prob, schedule
+        if isinstance(source, nn.Module | type):
+            self._check_settings(source)
+        self._layers = RegularizedLayers(source, drop_prob)
+        self._has_trained = False
+
+    @property
+    def regularizers(self) -> dict[str, nn.Module]:
+        """The regulariser of each layer, layer name to module; empty before the first training."""
+        return dict(self._layers.regularizers)
+
+    @property
+    def state_key(self) -> str:
+        """What a checkpoint files this callback's state under: equal for equal layers and regulariser."""
+        source = self._layers.source
+        name = getattr(source, "__qualname__", type(source).__qualname__)
+        return self._key(regularizer=name)
+
+    # When things happen
+
+    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Register learned regularisers, before the strategy and the optimiser look for parameters."""
+        super().setup(trainer, pl_module, stage)
+        with suppress(ValueError):  # some models come to be in configure_model; on_fit_start looks again
+            self.register(pl_module)
+        self._check_copies(trainer)
+
+    def on_train_batch_end(
+        self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note that there was a batch."""
+        self._has_trained = True
+
+    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Fail where a layer has not run in the first epoch."""
+        if self._has_trained:
+            ranks.raise_together(self._layers.silence(), pl_module.device)
+
+    def detach(self) -> None:
+        """Take all hooks off; learned regularisers stay in the model. Nothing happens where no hook is on."""
+        super().detach()
+        self._layers.detach()
+        self._has_trained = False
+
+    def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if trainer.global_step == 0 and self._loaded is None:
+            self._reset()
+            self._layers.forget(self._hooked)
+        self._layers.attach(pl_module, self._hooked, pl_module.device)
+        for regularizer in self._layers.regularizers.values():
+            self._check_settings(regularizer)
+        if not self._layers.are_steered:
+            self._progress.schedule = constant()
+
+    def _begin_step(self, share: float, is_due: bool) -> float:
+        return self._layers.begin_step(share)
+
+    # Learned regularisers
+
+    def register(self, model: nn.Module) -> None:
+        """Put regularisers that have parameters into their layers, as ``setup`` does.
+
+        Call it yourself at the end of ``configure_model`` where that makes the layers, and before ``fit``
+        with ``strategy="ddp_spawn"``, whose processes send all weights back.
+
+        Args:
+            model: the LightningModule.
+
+        Raises:
+            ValueError: where the patterns pick no layers, or a regulariser cannot be made.
+        """
+        self._layers.register(select_layers(model, self.layers, self.layer_types))
+
+    def unregister(self, model: nn.Module) -> None:
+        """Take learned regularisers out of a model after training: its state_dict is the plain one again.
+
+        Args:
+            model: the LightningModule, a copy of it, or the bare model that it holds.
+        """
+        unregister(model)
+
+    def _check_copies(self, trainer: "Trainer") -> None:
+        """Weight averaging copies the model in setup: the copy must have the parameters too."""
+        every: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+        early = [other for other in every[: every.index(self)] if getattr(other, "_average_model", None)]
+        if early and self._layers.are_learned:
+            raise ValueError(
+                f"regularizer={self.regularizer!r}: has parameters; list this callback before "
+                f"{type(early[0]).__name__}, which has copied the model without them"
+            )
+
+    # Checkpoints
+
+    def _state(self) -> dict[str, Any]:
+        return {"regularizers": self._layers.state_dict()}
+
+    def _read_state(self, state: Mapping[str, Any]) -> None:
+        check_regularizers(state)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._layers.load_state_dict(state["regularizers"])
+
+    def _check_settings(self, regularizer: nn.Module | type) -> None:
+        check_setting("drop_prob", self.drop_prob, regularizer)
+        check_setting("schedule", self.schedule, regularizer)
