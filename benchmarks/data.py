@@ -37,7 +37,7 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True)
 class ImageData:
-    """A training and a test split; `mirror` says whether a mirrored image keeps its class."""
+    """A training split and one to score on; `mirror` says whether a mirrored image keeps its class."""
 
     train: Split
     test: Split
@@ -46,7 +46,12 @@ class ImageData:
 
 
 def load(
-    data: DataName, *, data_dir: str | None = None, train_samples: int | None = None, seed: int = 0
+    data: DataName,
+    *,
+    data_dir: str | None = None,
+    train_samples: int | None = None,
+    validation_samples: int | None = None,
+    seed: int = 0,
 ) -> ImageData:
     """Load a data set, its training split cut to a class-balanced subset on request.
 
@@ -55,8 +60,11 @@ def load(
             "fake" (80 and 40 images of noise).
         data_dir: for "cifar10" only: a folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or a tar file of
             it. None has torchvision download it into the user's cache folder.
-        train_samples: how many training images to keep, 1 to all; None keeps all. The test split stays whole.
-        seed: chooses the subset.
+        train_samples: how many training images to keep, 1 to all; None keeps all, or all but those for
+            validation. The test split stays whole.
+        validation_samples: take the split to score on from the other training images instead, and leave the
+            test images unread.
+        seed: chooses the subsets.
 
     Returns:
         The two splits and the class names.
@@ -69,13 +77,41 @@ def load(
         raise ValueError(f"data must be one of {', '.join(get_args(DataName))}, got {data!r}")
     if data_dir is not None and data != "cifar10":
         raise ValueError(f"data_dir must be None unless data is 'cifar10', got {data_dir!r} with {data!r}")
-    choose = partial(balanced_subset, count=train_samples, seed=seed)
+    choose = partial(training_subset, count=train_samples, left_out=validation_samples, seed=seed)
+    validate = None
+    if validation_samples is not None:
+        validate = partial(validation_subset, train=train_samples, count=validation_samples, seed=seed)
     if data_dir is not None:
         files = find_files(data_dir)
-        train, test = (read_split(files, "train", choose), read_split(files, "test"))
+        train = read_split(files, "train", choose)
+        test = read_split(files, "train", validate) if validate else read_split(files, "test")
         return ImageData(Split(*train), Split(*test), class_names(files), mirror=True)
     whole = {"digits": _digits, "cifar10": _downloaded_cifar10, "fake": _fake}[data]()
-    return replace(whole, train=Split(*whole.train[choose(whole.train.labels)]))
+    test = Split(*whole.train[validate(whole.train.labels)]) if validate else whole.test
+    return replace(whole, train=Split(*whole.train[choose(whole.train.labels)]), test=test)
+
+
+def training_subset(labels: Tensor, count: int | None, left_out: int | None, seed: int) -> Tensor:
+    """Choose the training images; see `load`.
+
+    Raises:
+        ValueError: if a count is out of range.
+    """
+    if left_out is None:
+        return balanced_subset(labels, count, seed)
+    most = max(0, len(labels) - (1 if count is None else count))
+    if not 1 <= left_out <= most:
+        raise ValueError(
+            f"validation_samples must be in 1 to {most} (training images less train_samples), got {left_out}"
+        )
+    return balanced_subset(labels, len(labels) - left_out if count is None else count, seed)
+
+
+def validation_subset(labels: Tensor, train: int | None, count: int, seed: int) -> Tensor:
+    """Choose validation images among those that `training_subset` leaves; see `load`."""
+    train = len(labels) - count if train is None else train
+    both = balanced_subset(labels, train + count, seed)
+    return both[~torch.isin(both, balanced_subset(labels, train, seed))]
 
 
 def balanced_subset(labels: Tensor, count: int | None, seed: int) -> Tensor:
@@ -139,7 +175,11 @@ class ImageDataModule(pl.LightningDataModule):
         )
 
     def test_dataloader(self) -> DataLoader:
-        return DataLoader(self.data.test, self.batch_size, collate_fn=self._prepare)
+        return self.loader(self.data.test)
+
+    def loader(self, split: Split) -> DataLoader:
+        """Serve other images as those to score on are served."""
+        return DataLoader(split, self.batch_size, collate_fn=self._prepare)
 
     def _prepare(self, batch: Any, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         images, labels = batch

@@ -18,6 +18,8 @@ KEYS = {
     "accuracy",
     "nll",
     "ece",
+    "split",
+    "corrupted",
     "seconds",
     "recluster_seconds",
     "versions",
@@ -75,7 +77,7 @@ def test_dropcluster_runs_and_is_drawn(tmp_path):
 
 def test_no_plot_without_clusters(tmp_path):
     plot = tmp_path / "clusters.png"
-    with pytest.warns(UserWarning, match=r"no plot.* num_samples=9999"):
+    with pytest.warns(UserWarning, match=r"training ended before num_samples=9999"):
         run(replace(DROP, plot=str(plot), num_samples=9999))
     assert not plot.exists()
 

@@ -1,0 +1,48 @@
+"""The methods that are compared, each as a callback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+from clusterers import Blocks, Shuffled
+from settings import Settings
+from torch import nn
+
+from lightning_dropcluster import DropCluster
+from lightning_dropcluster.clustering import Clusterer, FaissKMeans
+
+
+def build_callback(settings: Settings, model: nn.Module) -> pl.Callback | None:
+    """Make the callback that the settings describe, by default on the model's first convolution."""
+    if settings.regularizer == "none":
+        return None
+    first = next((name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), "**")
+    layers = f"model.{first}" if settings.layers is None else settings.layers
+    common: dict[str, Any] = {
+        "start": settings.start,
+        "schedule": settings.schedule,
+        "layer_types": nn.Module if settings.any_layer else None,
+    }
+    return DropCluster(layers, settings.drop_prob, **common, **_cluster_options(settings))
+
+
+def _cluster_options(settings: Settings) -> dict[str, Any]:
+    return {
+        "cluster_size": settings.cluster_size,
+        "scope": settings.scope,
+        "every_n_epochs": settings.every_n_epochs,
+        "num_samples": settings.num_samples,
+        "clusterer": _clusterer(settings),
+        "seed": settings.seed,
+    }
+
+
+def _clusterer(settings: Settings) -> Clusterer | None:
+    if settings.clusters == "learned":
+        return None
+    return (
+        Blocks()
+        if settings.clusters == "blocks"
+        else Shuffled(FaissKMeans(seed=settings.seed), settings.seed)
+    )

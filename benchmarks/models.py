@@ -1,0 +1,48 @@
+"""The networks that are trained: timm's, and a small variant of its ResNet."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+
+import timm
+from torch import nn
+
+SMALL_RESNET: tuple[str, dict[str, Any]] = (
+    "resnet18",
+    {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256)},
+)
+
+
+def build_model(name: str, stem: str, num_classes: int) -> nn.Module:
+    """Create a model with random weights, on request with the small-image stem of ResNets.
+
+    Args:
+        name: a name that timm knows, or "small_resnet": four stages of one basic block with 32, 64, 128 and
+            256 channels, after ResNet's stem of 64.
+        stem: "timm" keeps the stem; "cifar" gives a ResNet a 3x3 convolution of stride 1 without pooling.
+        num_classes: outputs.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if timm does not know the model, or it has no ResNet stem to replace.
+    """
+    timm_name, shape = SMALL_RESNET if name == "small_resnet" else (name, {})
+    if not timm.is_model(timm_name):
+        near = get_close_matches(name, ["small_resnet", *timm.list_models()], n=3)
+        raise ValueError(f"model must be a name that timm knows, got {name!r}; nearest: {', '.join(near)}")
+    model = timm.create_model(timm_name, pretrained=False, num_classes=num_classes, **shape)
+    if stem == "cifar":
+        _replace_stem(model, name)
+    return model
+
+
+def _replace_stem(model: nn.Module, name: str) -> None:
+    stems = [m for m in getattr(model, "conv1", nn.Identity()).modules() if isinstance(m, nn.Conv2d)]
+    if not stems or not hasattr(model, "maxpool"):
+        raise ValueError(f"stem='cifar' needs a ResNet with conv1 and maxpool, got model={name!r}")
+    model.conv1 = nn.Conv2d(3, stems[-1].out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()

@@ -1,0 +1,149 @@
+"""Report a comparison: Markdown tables and a picture, with 95 % intervals and differences paired by seed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from compare import read_records
+from paired import Estimate, difference, estimate
+from protocol import Record, Stage, choose, final_runs, key, tuning_runs
+from record import parse
+from stages import STAGES, StageName
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Values = dict[str, dict[int, float]]
+"""Method to seed to value."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of a run, how to print it, and whether more of it is better."""
+
+    name: str
+    read: Callable[[Record], float]
+    factor: float
+    digits: int
+
+
+def corrupted(record: Record, score: str) -> float:
+    """Average a score over corruptions and severities: the plain mean, without a reference network."""
+    return fmean(value for scores in record["corrupted"].values() for value in scores[score])
+
+
+METRICS = (
+    Metric("accuracy %", lambda r: r["accuracy"], 100, 2),
+    Metric("NLL", lambda r: r["nll"], 1, 3),
+    Metric("ECE %", lambda r: r["ece"], 100, 2),
+    Metric("corrupted accuracy %", lambda r: corrupted(r, "accuracy"), 100, 2),
+    Metric("corrupted NLL", lambda r: corrupted(r, "nll"), 1, 3),
+    Metric("corrupted ECE %", lambda r: corrupted(r, "ece"), 100, 2),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a report lets you choose.
+
+    Args:
+        records: JSON-lines file that `compare.py` wrote.
+        stage: whose runs to report.
+        plot: PNG file for the picture.
+    """
+
+    records: str = "compare.jsonl"
+    stage: StageName = "quick"
+    plot: str | None = None
+
+
+def main(options: Options) -> None:
+    """Print the tables, and draw the picture on request."""
+    stage, records = STAGES[options.stage], read_records(options.records)
+    print("\n".join(markdown(stage, records)))
+    if options.plot is not None:
+        Path(options.plot).parent.mkdir(parents=True, exist_ok=True)
+        draw(stage, records).savefig(options.plot)
+
+
+def collect(stage: Stage, records: Sequence[Record], metric: Metric) -> Values:
+    """Read a metric of the stage's final runs, as far as they have finished."""
+    found = {key(record["arguments"]): record for record in records}
+    values: Values = {method.name: {} for method in stage.methods}
+    for run in final_runs(stage, records):
+        if run.key in found:
+            values[run.method][run.settings.seed] = metric.factor * metric.read(found[run.key])
+    return {method: by_seed for method, by_seed in values.items() if by_seed}
+
+
+def markdown(stage: Stage, records: Sequence[Record]) -> Iterator[str]:
+    """Yield the lines of three tables: tuning, means over seeds, and differences paired by seed."""
+    yield from tuning_table(stage, records)
+    yield ""
+    columns = {metric: collect(stage, records, metric) for metric in METRICS}
+    yield from _header("method", "seeds", *(metric.name for metric in METRICS))
+    for method, by_seed in columns[METRICS[0]].items():
+        cells = [_cell(estimate(list(columns[m][method].values())), m.digits) for m in METRICS]
+        yield _row(method, str(len(by_seed)), *cells)
+    reference = stage.methods[0].name
+    yield ""
+    yield from _header(f"{reference} less", "pairs", *(metric.name for metric in METRICS))
+    for method in [name for name in columns[METRICS[0]] if name != reference]:
+        pairs = [difference(columns[m].get(reference, {}), columns[m][method]) for m in METRICS]
+        cells = [_cell(pair, m.digits, signed=True) for pair, m in zip(pairs, METRICS, strict=True) if pair]
+        if cells:
+            yield _row(method, str(pairs[0].count if pairs[0] else 0), *cells)
+
+
+def tuning_table(stage: Stage, records: Sequence[Record]) -> Iterator[str]:
+    """Yield the lines of the table of tuning runs, the chosen ones marked."""
+    found, chosen = {key(record["arguments"]): record for record in records}, choose(stage, records)
+    yield from _header("method", "setting", "validation accuracy %", "validation NLL", "chosen")
+    grid = {method.name: iter(method.grid) for method in stage.methods}
+    for run in sorted(tuning_runs(stage), key=lambda run: list(grid).index(run.method)):
+        change, record = next(grid[run.method]), found[run.key]
+        setting = ", ".join(f"{name}={value}" for name, value in change.items())
+        mark = "yes" if change == chosen[run.method] else ""
+        yield _row(run.method, setting, f"{100 * record['accuracy']:.2f}", f"{record['nll']:.3f}", mark)
+
+
+def draw(stage: Stage, records: Sequence[Record]) -> Figure:
+    """Draw each metric in a panel: a method a row, a dot per seed, the mean with its 95 % interval."""
+    from matplotlib.figure import Figure
+
+    columns = {metric: collect(stage, records, metric) for metric in METRICS}
+    methods = list(columns[METRICS[0]])
+    figure = Figure(figsize=(12, 2 + 0.7 * len(methods)), layout="constrained")
+    axes = figure.subplots(2, 3, sharey=True)
+    for axis, metric in zip(axes.flat, METRICS, strict=True):
+        for row, method in enumerate(methods):
+            values = list(columns[metric][method].values())
+            mean = estimate(values)
+            axis.plot(values, [row] * len(values), ".", color="0.7", zorder=1)
+            axis.errorbar(mean.mean, row, xerr=mean.high - mean.mean, fmt="o", color="C0", capsize=3)
+        axis.set(title=metric.name, yticks=range(len(methods)), yticklabels=methods)
+    axes[0, 0].invert_yaxis()
+    return figure
+
+
+def _cell(value: Estimate, digits: int, *, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    width = f" ± {value.high - value.mean:.{digits}f}" if value.count > 1 else ""
+    return f"{value.mean:{sign}.{digits}f}{width}"
+
+
+def _header(*names: str) -> Iterable[str]:
+    return _row(*names), "|" + "---|" * len(names)
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse(Options, __doc__)))

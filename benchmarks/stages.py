@@ -1,0 +1,104 @@
+"""The stages of the protocol in README.md; what they say is fixed before their runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+from protocol import Method, Stage
+from settings import Settings
+
+StageName = Literal["quick", "stem-2000", "stem-5000", "act-2000"]
+
+QUICK = Stage(
+    base=Settings(
+        model="small_resnet",
+        stem="cifar",
+        data="digits",
+        train_samples=200,
+        corrupted_samples=20,
+        layers="conv1",
+        start=0,
+        num_samples=200,
+        epochs=3,
+        batch_size=50,
+    ),
+    methods=(
+        Method("DropCluster", {"regularizer": "dropcluster"}, ({"drop_prob": 0.1}, {"drop_prob": 0.3})),
+        Method("none"),
+    ),
+    tuning_seed=100,
+    validation_samples=100,
+    rounds=(((0, 1), ("DropCluster", "none")),),
+)
+"""Shows in a minute that everything runs; its numbers mean nothing."""
+
+STEM = Settings(
+    model="small_resnet",
+    stem="cifar",
+    data="cifar10",
+    corrupted_samples=250,
+    layers="conv1",
+    start=0.1,
+    schedule="linear",
+    every_n_epochs=3,
+    num_samples=1024,
+    epochs=12,
+    batch_size=32,
+    lr=0.1,
+    precision="bf16-mixed",
+    channels_last=True,
+)
+STEM_AND_STAGE = ["conv1", "layer1.0.conv1", "layer1.0.conv2"]
+
+
+def _grid(size: str, small: int, large: int) -> tuple[dict[str, Any], ...]:
+    """Six settings of a method that has a size: four in the stem, two in more layers."""
+    stem = tuple({"drop_prob": prob, size: value} for value in (small, large) for prob in (0.3, 0.6))
+    return (*stem, *({"drop_prob": 0.3, size: value, "layers": STEM_AND_STAGE} for value in (small, large)))
+
+
+FIRST_METHODS = (
+    Method("DropCluster", {"regularizer": "dropcluster"}, _grid("cluster_size", 16, 64)),
+    Method(
+        "DropCluster, shuffled", {"regularizer": "dropcluster", "clusters": "shuffled"}, like="DropCluster"
+    ),
+    Method("none"),
+    Method(
+        "Dropout",
+        {"regularizer": "dropout"},
+        (
+            *({"drop_prob": prob} for prob in (0.2, 0.4, 0.6, 0.8)),
+            *({"drop_prob": prob, "layers": STEM_AND_STAGE} for prob in (0.2, 0.4)),
+        ),
+    ),
+    Method("DropBlock", {"regularizer": "drop_block"}, _grid("block_size", 3, 7)),
+)
+LEARNED_AND_SHUFFLED = ("DropCluster", "DropCluster, shuffled")
+OTHERS = ("none", "Dropout", "DropBlock")
+
+STEM_2000 = Stage(
+    base=replace(STEM, train_samples=2000),
+    methods=FIRST_METHODS,
+    tuning_seed=100,
+    validation_samples=4000,
+    rounds=(
+        (range(5), (*LEARNED_AND_SHUFFLED, *OTHERS)),
+        (range(5, 10), LEARNED_AND_SHUFFLED),
+        (range(5, 10), OTHERS),
+    ),
+)
+STEM_5000 = replace(STEM_2000, base=replace(STEM, train_samples=5000))
+ACT_2000 = replace(
+    STEM_2000,
+    base=replace(STEM, train_samples=2000, layers="act1", any_layer=True),
+    methods=tuple(replace(method, grid=method.grid[:4]) for method in FIRST_METHODS),
+)
+"""Drops after norm and activation of the stem, where features are what the next layer sees."""
+
+STAGES: dict[str, Stage] = {
+    "quick": QUICK,
+    "stem-2000": STEM_2000,
+    "stem-5000": STEM_5000,
+    "act-2000": ACT_2000,
+}
