@@ -6,11 +6,17 @@ from lightning_dropcluster.callbacks import DropCluster, StructuredDropout
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, ReNA, TorchKMeans, Ward
 from lightning_dropcluster.layers import select_layers
 from lightning_dropcluster.preview import preview
+from lightning_dropcluster.r_block import RBlock
 from lightning_dropcluster.regularizers import (
     REGULARIZERS,
+    AdvancedDropout,
+    ChannelCorrDrop,
     ClusterDrop,
+    CorrDrop,
     DropBlock,
     Dropout,
+    DropRegularizer,
+    ProbDropBlock,
     Regularizer,
     SpatialDropout,
 )
@@ -20,12 +26,18 @@ __version__ = version("lightning_dropcluster")
 
 __all__ = [
     "REGULARIZERS",
+    "AdvancedDropout",
+    "ChannelCorrDrop",
     "ClusterDrop",
     "Clusterer",
+    "CorrDrop",
     "DropBlock",
     "DropCluster",
+    "DropRegularizer",
     "Dropout",
     "FaissKMeans",
+    "ProbDropBlock",
+    "RBlock",
     "ReNA",
     "Regularizer",
     "SpatialDropout",

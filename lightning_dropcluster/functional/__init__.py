@@ -1,23 +1,34 @@
 """Pure functions, tensor to tensor, on torch alone."""
 
+from lightning_dropcluster.functional.advanced_dropout import advanced_dropout
 from lightning_dropcluster.functional.cluster_drop import (
     cluster_drop,
     cluster_sizes,
     draw_keep_table,
     resize_labels,
 )
+from lightning_dropcluster.functional.corr_drop import channel_corr_drop, corr_drop
 from lightning_dropcluster.functional.drop_block import drop_block, expected_drop_rate
 from lightning_dropcluster.functional.dropout import dropout, spatial_dropout
 from lightning_dropcluster.functional.masking import draw_uniform
+from lightning_dropcluster.functional.prob_drop_block import prob_drop_block
+from lightning_dropcluster.functional.r_block import disagreement, draw_keep_pair, r_block_loss
 
 __all__ = [
+    "advanced_dropout",
+    "channel_corr_drop",
     "cluster_drop",
     "cluster_sizes",
+    "corr_drop",
+    "disagreement",
+    "draw_keep_pair",
     "draw_keep_table",
     "draw_uniform",
     "drop_block",
     "dropout",
     "expected_drop_rate",
+    "prob_drop_block",
+    "r_block_loss",
     "resize_labels",
     "spatial_dropout",
 ]

@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from lightning_dropcluster.functional import dropout, spatial_dropout
-from lightning_dropcluster.regularizers.regularizer import Regularizer
+from lightning_dropcluster.regularizers.regularizer import DropRegularizer
 
 
-class Dropout(Regularizer):
+class Dropout(DropRegularizer):
     """Drop single features; see `functional.dropout`.
 
     Args:
@@ -23,7 +23,7 @@ class Dropout(Regularizer):
         return dropout(x, self.drop_prob, draw=self.draw)
 
 
-class SpatialDropout(Regularizer):
+class SpatialDropout(DropRegularizer):
     """Drop whole feature maps; see `functional.spatial_dropout`.
 
     Args:

@@ -1,4 +1,4 @@
-"""What the regularisers with a drop probability have in common."""
+"""What the regularisers have in common."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,14 +13,10 @@ _BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1: at 1 the expected sc
 
 
 class Regularizer(nn.Module, ABC):
-    """A module x -> x that drops features in training; the identity in eval mode and where drop_prob is 0.
-
-    The drop probability is a tensor, so that it may change without recompilation. It is no part of the
-    state_dict, like that of torch's own dropout.
+    """A module x -> x that acts at random in training and is the identity in eval mode.
 
     Args:
-        drop_prob: probability in [0, 1) that a feature is dropped.
-        paired: whether the two halves of each batch are to be dropped as differently as possible; see
+        paired: whether the two halves of each batch are to be treated as differently as possible; see
             `draw_uniform`. For the two passes of R-Block.
 
     Attributes:
@@ -28,30 +24,12 @@ class Regularizer(nn.Module, ABC):
 
     Raises:
         TypeError: where an argument has a wrong type.
-        ValueError: where it is out of its range.
     """
 
-    drop_prob: Tensor
-
-    def __init__(self, drop_prob: float = 0.1, *, paired: bool = False) -> None:
+    def __init__(self, *, paired: bool = False) -> None:
         super().__init__()
         check_bool("paired", paired)
         self.paired, self.shift = paired, 0.0
-        self.register_buffer("drop_prob", torch.zeros(()), persistent=False)
-        self.set_drop_prob(drop_prob)
-
-    def set_drop_prob(self, drop_prob: float) -> None:
-        """Set the drop probability in place.
-
-        Args:
-            drop_prob: in [0, 1).
-
-        Raises:
-            TypeError: where it is no number.
-            ValueError: where it is out of range.
-        """
-        checked = check_number("drop_prob", drop_prob, 0, 1, high_open=True)
-        self.drop_prob.fill_(min(checked, _BELOW_ONE))
 
     def forward(self, x: Tensor) -> Tensor:
         """Regularise an activation.
@@ -89,5 +67,46 @@ class Regularizer(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """Return the settings, as `repr` shows them."""
-        paired = ", paired=True" if self.paired else ""
-        return f"drop_prob={self.drop_prob.item():.4g}{paired}"
+        return ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
+
+    def _settings(self) -> dict[str, object]:
+        return {"paired": True} if self.paired else {}
+
+
+class DropRegularizer(Regularizer):
+    """A regulariser with a drop probability; the identity where that is 0.
+
+    The probability is a tensor, so that it may change without recompilation. It is no part of the state_dict,
+    like that of torch's own dropout.
+
+    Args:
+        drop_prob: probability in [0, 1) that a feature is dropped.
+        paired: see `Regularizer`.
+
+    Raises:
+        TypeError: where an argument has a wrong type.
+        ValueError: where it is out of its range.
+    """
+
+    drop_prob: Tensor
+
+    def __init__(self, drop_prob: float = 0.1, *, paired: bool = False) -> None:
+        super().__init__(paired=paired)
+        self.register_buffer("drop_prob", torch.zeros(()), persistent=False)
+        self.set_drop_prob(drop_prob)
+
+    def set_drop_prob(self, drop_prob: float) -> None:
+        """Set the drop probability in place.
+
+        Args:
+            drop_prob: in [0, 1).
+
+        Raises:
+            TypeError: where it is no number.
+            ValueError: where it is out of range.
+        """
+        checked = check_number("drop_prob", drop_prob, 0, 1, high_open=True)
+        self.drop_prob.fill_(min(checked, _BELOW_ONE))
+
+    def _settings(self) -> dict[str, object]:
+        return {"drop_prob": float(f"{self.drop_prob.item():.4g}"), **super()._settings()}

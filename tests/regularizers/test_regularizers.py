@@ -28,33 +28,43 @@ def blocks_of_3(drop_prob: float) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """How to make a regulariser, and which of the common promises it keeps.
+    """How to make a regulariser, and the promises in which the methods differ.
 
     Args:
         options: further arguments of the constructor.
-        rate: the share of features dropped on average, as a function of drop_prob.
+        rate: the share of features dropped on average where all are alike, as a function of drop_prob.
+        keeps_mean: whether the mean is kept; not where the choice depends on the activation.
         any_size: whether it takes activations of any spatial size.
         shared: bound on what both halves of a pair drop, in units of what independent halves do.
     """
 
     options: dict
     rate: Callable[[float], float] = without_overlap
+    keeps_mean: bool = True
     any_size: bool = True
     shared: float = 1e-9
 
 
 CASES = {
+    "advanced_dropout": Case({"num_channels": CHANNELS, "reduction": 2}),
+    "channel_corr_drop": Case({}, keeps_mean=False),
     "cluster_drop": Case({"labels": LABELS}, any_size=False),
+    "corr_drop": Case({"block_size": 3}, keeps_mean=False),
     "drop_block": Case({"block_size": 3}, blocks_of_3, shared=0.9),
     "dropout": Case({}),
+    "prob_drop_block": Case({"block_size": 3}, blocks_of_3, keeps_mean=False, shared=0.9),
     "spatial_dropout": Case({}),
 }
+DROPPING = [name for name in CASES if hasattr(REGULARIZERS[name], "set_drop_prob")]
 PEERS = [name for name in CASES if issubclass(REGULARIZERS[name], Regularizer)]
 SIZES = [name for name in CASES if CASES[name].any_size]
 
 
-def make(name: str, drop_prob: float = 0.2) -> nn.Module:
-    return REGULARIZERS[name](drop_prob=drop_prob, **CASES[name].options)
+def make(name: str, drop_prob: float = 0.2, **options) -> nn.Module:
+    if name in DROPPING:
+        options["drop_prob"] = drop_prob
+    torch.manual_seed(3)
+    return REGULARIZERS[name](**CASES[name].options, **options)
 
 
 def make_input(samples: int = 8, spatial: tuple[int, ...] = SPATIAL, seed: int = 0) -> Tensor:
@@ -81,6 +91,85 @@ class TestRegularizer:
         x = make_input()
         assert make(name).eval()(x) is x
 
+    def test_keeps_the_mean(self, name):
+        module, x = make(name), make_input(samples=16).abs()
+        x = x if CASES[name].keeps_mean else torch.ones_like(x)
+        means = torch.stack([module(x).mean() for _ in range(400)])
+        assert (means.mean() - x.mean()).abs() < 4 * standard_error(means) + 1e-6
+        assert standard_error(means) < 0.02 * x.mean()
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+    def test_keeps_the_dtype(self, name, dtype):
+        x = make_input().to(dtype)
+        out = seeded(make(name), x)
+        assert out.dtype == dtype
+        reference = seeded(make(name), x.double())
+        torch.testing.assert_close(out.double(), reference, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+    def test_keeps_the_dtype_under_autocast(self, name):
+        x = make_input().bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert seeded(make(name), x).dtype == torch.bfloat16
+            assert seeded(make(name), x.float()).dtype == torch.float32
+
+    def test_keeps_the_dtype_as_a_module_of_a_coarse_type(self, name):
+        x = make_input().bfloat16()
+        assert seeded(make(name).bfloat16(), x).dtype == torch.bfloat16
+
+    def test_keeps_the_memory_format_and_gives_the_same_in_it(self, name):
+        x = make_input()
+        last = x.contiguous(memory_format=torch.channels_last)
+        out = seeded(make(name), last)
+        assert out.stride() == last.stride()
+        torch.testing.assert_close(out, seeded(make(name), x))
+
+    def test_leaves_its_input_alone(self, name):
+        x = make_input()
+        before = x.clone()
+        make(name)(x)
+        assert torch.equal(x, before)
+
+    def test_has_exact_gradients_for_a_fixed_draw(self, name):
+        module, x = make(name).double(), make_input(samples=1).double().requires_grad_()
+        for parameter in module.parameters():  # so that the divisor, which gets no gradient, is constant
+            nn.init.zeros_(parameter)
+        assert torch.autograd.gradcheck(lambda x: seeded(module, x), x)
+
+    def test_activation_checkpointing_repeats_the_draw(self, name):
+        module, gradients = make(name), []
+        for call in (module, lambda x: checkpoint(module, x, use_reentrant=False)):
+            x = make_input().requires_grad_()
+            seeded(call, x).square().sum().backward()
+            gradients.append(x.grad)
+        assert torch.equal(*gradients)
+
+    def test_compiles_without_a_graph_break(self, name):
+        torch.compiler.reset()
+        module, x = make(name), make_input()
+        compiled = torch.compile(module, fullgraph=True, backend="eager")
+        torch.testing.assert_close(seeded(compiled, x), seeded(module, x))
+
+    def test_copies_and_pickles_are_equal(self, name):
+        module, x = make(name), make_input()
+        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert torch.equal(seeded(other, x), seeded(module, x))
+
+    def test_shows_its_settings(self, name):
+        shown = repr(make(name))
+        assert shown.startswith(f"{REGULARIZERS[name].__name__}(")
+        for option, value in CASES[name].options.items():
+            if option not in ("labels", "reduction"):
+                assert f"{option}={value}" in shown
+
+    def test_ranks_seeded_alike_draw_apart(self, name):
+        first, second = make(name), make(name)
+        second.shift = 0.618
+        x = make_input()
+        assert not torch.equal(seeded(first, x), seeded(second, x))
+
+
+@pytest.mark.parametrize("name", DROPPING)
+class TestDropRegularizer:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_is_the_identity_at_drop_prob_zero_to_the_last_bit(self, name, dtype):
         x = make_input().to(dtype)
@@ -89,17 +178,9 @@ class TestRegularizer:
 
     @pytest.mark.parametrize("drop_prob", [0.1, 0.4])
     def test_drops_the_share_that_it_says(self, name, drop_prob):
-        torch.manual_seed(0)
-        x = make_input(samples=2000)
+        x = torch.ones(2000, CHANNELS, *SPATIAL)
         shares = (make(name, drop_prob)(x) == 0).float().mean((1, 2, 3))
         assert (shares.mean() - CASES[name].rate(drop_prob)).abs() < 4 * standard_error(shares)
-
-    def test_keeps_the_mean(self, name):
-        torch.manual_seed(0)
-        module, x = make(name), make_input(samples=16).abs()
-        means = torch.stack([module(x).mean() for _ in range(400)])
-        assert (means.mean() - x.mean()).abs() < 4 * standard_error(means)
-        assert standard_error(means) < 0.02 * x.mean()
 
     def test_scales_all_that_it_keeps_alike(self, name):
         x = make_input()
@@ -116,46 +197,10 @@ class TestRegularizer:
         assert out.isfinite().all()
         assert x.grad.isfinite().all()
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-    def test_keeps_the_dtype(self, name, dtype):
-        x = make_input().to(dtype)
-        out = seeded(make(name), x)
-        assert out.dtype == dtype
-        reference = seeded(make(name), x.double())
-        torch.testing.assert_close(out.double(), reference, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    def test_takes_maps_of_zeros(self, name):
+        assert torch.equal(make(name)(torch.zeros(8, CHANNELS, *SPATIAL)), torch.zeros(8, CHANNELS, *SPATIAL))
 
-    def test_keeps_the_dtype_under_autocast(self, name):
-        x = make_input().bfloat16()
-        with torch.autocast("cpu", torch.bfloat16):
-            assert seeded(make(name), x).dtype == torch.bfloat16
-            assert seeded(make(name), x.float()).dtype == torch.float32
-
-    def test_keeps_the_memory_format_and_gives_the_same_in_it(self, name):
-        x = make_input()
-        last = x.contiguous(memory_format=torch.channels_last)
-        out = seeded(make(name), last)
-        assert out.stride() == last.stride()
-        torch.testing.assert_close(out, seeded(make(name), x))
-
-    def test_leaves_its_input_alone(self, name):
-        x = make_input()
-        before = x.clone()
-        make(name)(x)
-        assert torch.equal(x, before)
-
-    def test_has_exact_gradients_for_a_fixed_draw(self, name):
-        module, x = make(name), make_input(samples=1).double().requires_grad_()
-        assert torch.autograd.gradcheck(lambda x: seeded(module, x), x)
-
-    def test_activation_checkpointing_repeats_the_draw(self, name):
-        module, gradients = make(name), []
-        for call in (module, lambda x: checkpoint(module, x, use_reentrant=False)):
-            x = make_input().requires_grad_()
-            seeded(call, x).square().sum().backward()
-            gradients.append(x.grad)
-        assert torch.equal(*gradients)
-
-    def test_compiles_without_a_graph_break_and_once_for_all_probabilities(self, name):
+    def test_compiles_once_for_all_probabilities(self, name):
         torch.compiler.reset()
         module, x, counter = make(name), make_input(), CompileCounter()
         compiled = torch.compile(module, fullgraph=True, backend=counter)
@@ -164,35 +209,22 @@ class TestRegularizer:
             torch.testing.assert_close(seeded(compiled, x), seeded(module, x))
         assert counter.frame_count == 1
 
-    def test_sets_its_probability_in_place(self, name):
+    def test_sets_its_probability_in_place_and_not_that_of_copies(self, name):
         module = make(name)
-        buffer = module.drop_prob
+        other, buffer = copy.deepcopy(module), module.drop_prob
         module.set_drop_prob(0.5)
         assert module.drop_prob is buffer
         assert buffer == 0.5
+        assert other.drop_prob == pytest.approx(0.2)
+
+    def test_shows_its_probability(self, name):
+        assert "drop_prob=0.2" in repr(make(name))
 
     @pytest.mark.parametrize("drop_prob", [-0.1, 1.0, float("nan")])
     def test_refuses_probabilities_out_of_range(self, name, drop_prob):
         for call in (make(name).set_drop_prob, lambda value: make(name, value)):
             with pytest.raises(ValueError, match=r"drop_prob=.*: must be .*in \[0, 1\)"):
                 call(drop_prob)
-
-    def test_copies_and_pickles_are_equal_and_apart(self, name):
-        module, x = make(name), make_input()
-        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-            assert torch.equal(seeded(other, x), seeded(module, x))
-            other.set_drop_prob(0.9)
-            assert module.drop_prob == pytest.approx(0.2)
-
-    def test_shows_its_settings(self, name):
-        assert repr(make(name)).startswith(f"{REGULARIZERS[name].__name__}(")
-        assert "drop_prob=0.2" in repr(make(name))
-
-    def test_ranks_seeded_alike_draw_apart(self, name):
-        first, second = make(name), make(name)
-        second.shift = 0.618
-        x = make_input()
-        assert not torch.equal(seeded(first, x), seeded(second, x))
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -204,28 +236,49 @@ def test_takes_maps_of_any_size_and_number_of_dimensions(name, spatial):
 
 @pytest.mark.parametrize("name", PEERS)
 class TestPeer:
-    def test_adds_nothing_to_the_state_dict(self, name):
-        assert not make(name).state_dict()
+    def test_state_dict_holds_what_is_learned_and_nothing_else(self, name):
+        module = make(name)
+        assert module.state_dict().keys() == dict(module.named_parameters()).keys()
+        assert bool(module.state_dict()) == (name not in DROPPING)
 
+    def test_refuses_to_pair_an_odd_batch(self, name):
+        with pytest.raises(ValueError, match="paired=True"):
+            make(name, paired=True)(make_input(samples=3))
+
+    def test_refuses_flags_that_are_none(self, name):
+        with pytest.raises(TypeError, match="paired=1"):
+            make(name, paired=1)
+
+    def test_shows_that_it_draws_pairs(self, name):
+        assert "paired=True" in repr(make(name, paired=True))
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS if name in DROPPING])
+class TestDroppingPeer:
     def test_drops_the_halves_of_a_pair_apart_and_as_much(self, name):
-        module, x, shared = make(name, 0.3), make_input(samples=2000), {}
+        x = torch.ones(2000, CHANNELS, *SPATIAL)
+        module, shared = make(name, 0.3, paired=True), {}
         for module.paired in (True, False):
             first, second = (seeded(module, x) == 0).float().chunk(2)
             shared[module.paired] = (first * second).mean()
             difference = (first - second).mean((1, 2, 3))
             assert difference.mean().abs() < 4 * standard_error(difference)
-        assert shared[True] < CASES[name].shared * shared[False]
-
-    def test_refuses_to_pair_an_odd_batch(self, name):
-        module = REGULARIZERS[name](paired=True, **CASES[name].options)
-        with pytest.raises(ValueError, match="paired=True"):
-            module(make_input(samples=3))
+        assert shared[True] <= CASES[name].shared * shared[False]
 
     @pytest.mark.parametrize("drop_prob", ["0.1", None, True])
     def test_refuses_probabilities_that_are_no_numbers(self, name, drop_prob):
         with pytest.raises(TypeError, match="drop_prob="):
             make(name, drop_prob)
 
-    def test_refuses_flags_that_are_none(self, name):
-        with pytest.raises(TypeError, match="paired=1"):
-            REGULARIZERS[name](paired=1, **CASES[name].options)
+
+@pytest.mark.parametrize("name", [name for name in CASES if "block_size" in CASES[name].options])
+@pytest.mark.parametrize(("block_size", "error"), [(0, ValueError), (2.5, TypeError), (True, TypeError)])
+def test_refuses_block_sizes_that_are_none(name, block_size, error):
+    with pytest.raises(error, match="block_size="):
+        REGULARIZERS[name](block_size=block_size)
+
+
+@pytest.mark.parametrize("name", ["corr_drop", "drop_block", "prob_drop_block"])
+def test_blocks_need_spatial_dimensions(name):
+    with pytest.raises(ValueError, match="spatial"):
+        make(name)(torch.ones(8, CHANNELS))

@@ -1,0 +1,102 @@
+"""R-Block as pure functions: the loss of two passes that drop differently, and such draws."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_dropcluster.functional.masking import draw_uniform
+
+
+def r_block_loss(
+    first: Tensor,
+    second: Tensor,
+    targets: Tensor,
+    *,
+    weight: float = 1.0,
+    task_loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> Tensor:
+    """Return the mean task loss of two passes plus their disagreement.
+
+    It is (task(first) + task(second)) / 2 + weight (KL(p1 || p2) + KL(p2 || p1)) / 2.
+
+    Source: R-Block, https://arxiv.org/abs/2307.15150, which makes the outputs of two sub-models agree whose
+    drop regions differ. We had its abstract alone; the loss is that of R-Drop, its parent,
+    https://arxiv.org/abs/2106.14448, which sums the task losses: its alpha is twice our weight.
+
+    Args:
+        first: logits (N, K, ...) of one pass.
+        second: logits of the other, of the same shape.
+        targets: what the task loss takes beside the logits.
+        weight: of the disagreement, at least 0.
+        task_loss: (logits, targets) -> 0-d loss.
+
+    Returns:
+        The loss, 0-d.
+
+    Example:
+        >>> logits = torch.zeros(3, 4)
+        >>> r_block_loss(logits, logits, torch.tensor([0, 1, 2]))  # no disagreement, log 4
+        tensor(1.3863)
+    """
+    task = (task_loss(first, targets) + task_loss(second, targets)) / 2.0
+    return task + weight * disagreement(first, second)
+
+
+def disagreement(first: Tensor, second: Tensor) -> Tensor:
+    """Return the symmetric Kullback-Leibler divergence of two predictions, (KL(p || q) + KL(q || p)) / 2.
+
+    Args:
+        first: logits (N, K, ...) of p.
+        second: logits of q, of the same shape.
+
+    Returns:
+        The divergence, at least 0, averaged over all dimensions but that of the classes; 0-d, float32 or
+        better.
+
+    Raises:
+        ValueError: where the shapes differ.
+
+    Example:
+        >>> disagreement(torch.zeros(3, 4), torch.ones(3, 4))
+        tensor(0.)
+    """
+    if first.shape != second.shape:
+        raise ValueError(f"second of shape {tuple(second.shape)}: must be as first, {tuple(first.shape)}")
+    exact = torch.promote_types(first.dtype, torch.float32)
+    log_p, log_q = first.log_softmax(1, dtype=exact), second.log_softmax(1, dtype=exact)
+    # The sum of both directions is the sum over classes of (p - q) (log p - log q).
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1).mean() / 2.0
+
+
+def draw_keep_pair(
+    shape: tuple[int, int, int],
+    drop_prob: Tensor | float,
+    *,
+    device: torch.device | None = None,
+    shift: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Draw two keep tables that differ as much as they can: what the second drops lies outside the first's.
+
+    Either table by itself is one of `draw_keep_table`. For drop_prob up to 1/2 no cluster is dropped in both;
+    above it only as many as must be. That disjoint clusters make the difference-maximising pair of R-Block is
+    our own reading.
+
+    Args:
+        shape: (samples, maps, clusters).
+        drop_prob: probability in [0, 1) that a cluster is dropped, in each table.
+        device: where to draw.
+        shift: see `draw_uniform`.
+
+    Returns:
+        Two bool tables of that shape, True where the cluster stays.
+
+    Example:
+        >>> first, second = draw_keep_pair((2, 3, 100), 0.5)
+        >>> (first | second).all().item()
+        True
+    """
+    uniform = draw_uniform((2 * shape[0], *shape[1:]), device=device, shift=shift, paired=True)
+    first, second = (uniform >= drop_prob).chunk(2)
+    return first, second
