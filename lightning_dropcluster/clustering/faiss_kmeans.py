@@ -39,39 +39,42 @@ class FaissKMeans(KMeans):
             profiles: (B, F, D) float32, every value finite.
             num_clusters: K.
             init_labels: (B, F) for a warm start: the first centroids are the means of these clusters.
-            grid: not used.
+            grid: whose tiles a cold start takes.
 
         Returns:
             int64 labels (B, F) on the profiles' device.
         """
         if profiles.is_cuda and faiss.get_num_gpus() > 0:
-            return self._lloyd(profiles, num_clusters, init_labels, assign_on_gpu)
+            return self._lloyd(profiles, num_clusters, init_labels, grid, assign_on_gpu)
+        start, max_iter = self._start(profiles, num_clusters, init_labels, grid)
         points = profiles.detach().cpu().float().contiguous().numpy()
-        old = [None] * len(points) if init_labels is None else init_labels.cpu().long().numpy()
+        old = [None] * len(points) if start is None else start.cpu().numpy()
         threads = torch.get_num_threads()
         workers = min(threads, len(points))
         # FAISS counts OpenMP threads per thread, so the pool's settings end with its threads.
         set_threads = partial(faiss.omp_set_num_threads, max(1, threads // workers))
         with ThreadPoolExecutor(workers, initializer=set_threads) as pool:
-            labels = list(pool.map(partial(self._fit_one, num_clusters), points, old))
+            labels = list(pool.map(partial(self._fit_one, num_clusters, max_iter), points, old))
         return torch.from_numpy(np.stack(labels)).to(profiles.device)
 
-    def _fit_one(self, num_clusters: int, points: Points, old: NDArray[np.int64] | None) -> Labels:
+    def _fit_one(
+        self, num_clusters: int, max_iter: int, points: Points, old: NDArray[np.int64] | None
+    ) -> Labels:
         """Cluster the live items of one problem; dead ones get label 0."""
         alive = points.any(axis=1)
         labels = np.zeros(len(points), dtype=np.int64)
         if alive.any():
             live = np.ascontiguousarray(points[alive])
             count = min(num_clusters, len(live))
-            start = None if old is None else self._warm_start(live, old[alive], num_clusters, count)
-            labels[alive] = repair(live, self._k_means(live, count, start), count, self.min_share)
+            start = None if old is None else self._centroids(live, old[alive], num_clusters, count)
+            labels[alive] = repair(live, self._k_means(live, count, max_iter, start), count, self.min_share)
         return labels
 
-    def _k_means(self, points: Points, num_clusters: int, start: Points | None) -> Labels:
+    def _k_means(self, points: Points, num_clusters: int, max_iter: int, start: Points | None) -> Labels:
         kmeans = faiss.Kmeans(
             points.shape[1],
             num_clusters,
-            niter=self.max_iter,
+            niter=max_iter,
             seed=self.seed,
             early_stop_threshold=self.tolerance,
             min_points_per_centroid=1,
@@ -81,8 +84,8 @@ class FaissKMeans(KMeans):
         _, nearest = kmeans.index.search(points, 1)
         return nearest[:, 0]
 
-    def _warm_start(self, points: Points, old: Labels, num_clusters: int, count: int) -> Points:
-        """Average the old clusters on the new profiles; random points stand in for empty ones."""
+    def _centroids(self, points: Points, old: Labels, num_clusters: int, count: int) -> Points:
+        """Average the clusters to start from; random points stand in for empty ones."""
         means, sizes = centroids(points, old, num_clusters)
         used = np.flatnonzero(sizes)[:count]
         means = means[used]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_dropcluster.clustering.repair import repair
+from lightning_dropcluster.clustering.tiles import tile
 
 Assign = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(points (B, F, D), centroids (B, K, D)) -> (labels (B, F) int64, squared distances (B, F))."""
@@ -14,38 +15,69 @@ _FAR = 1e4  # profiles have unit length, so nothing is ever assigned to a centro
 
 
 class KMeans:
-    """What k-means clusterers share: their settings.
+    """What k-means clusterers share: their settings, and where they start.
+
+    A cold start is from the tiles of the grid (see `tile`), from random items where there is no grid. A warm
+    start needs few iterations: after one from the labels of another window, clusters were already better than
+    where a cold start ended (benchmarks/README.md).
 
     Args:
-        max_iter: iterations at most.
+        max_iter: iterations at most from a cold start.
+        warm_iter: iterations at most from a warm start.
         tolerance: stop when an iteration lowers the inertia by less than this share of it.
         min_share: clusters below this share of the mean size are merged away, see `repair`.
-        seed: of the starting centroids; the same seed and profiles give the same labels.
+        seed: of the items taken where the start needs random ones; the same seed and profiles give the same
+            labels.
 
     Raises:
         ValueError: where an argument is out of its range.
     """
 
     def __init__(
-        self, max_iter: int = 25, tolerance: float = 1e-3, min_share: float = 0.25, seed: int = 0
+        self,
+        max_iter: int = 25,
+        tolerance: float = 5e-3,
+        min_share: float = 0.25,
+        seed: int = 0,
+        warm_iter: int = 1,
     ) -> None:
         if max_iter < 1:
             raise ValueError(f"max_iter={max_iter!r}: must be at least 1")
+        if warm_iter < 1:
+            raise ValueError(f"warm_iter={warm_iter!r}: must be at least 1")
         if not tolerance >= 0.0:
             raise ValueError(f"tolerance={tolerance!r}: must be at least 0")
         if not 0.0 <= min_share <= 0.5:
             raise ValueError(f"min_share={min_share!r}: must be in [0, 0.5]")
-        self.max_iter, self.tolerance, self.min_share, self.seed = max_iter, tolerance, min_share, seed
+        self.max_iter, self.warm_iter = max_iter, warm_iter
+        self.tolerance, self.min_share, self.seed = tolerance, min_share, seed
+
+    def _start(
+        self, profiles: Tensor, num_clusters: int, init_labels: Tensor | None, grid: tuple[int, ...] | None
+    ) -> tuple[Tensor | None, int]:
+        """Return the labels (B, F) to start from, if any, and the iterations to do at most."""
+        if init_labels is not None:
+            return init_labels.to(profiles.device, torch.int64), self.warm_iter
+        if grid is None:
+            return None, self.max_iter
+        tiles = tile(grid, min(num_clusters, profiles.shape[1])).to(profiles.device)
+        return tiles.expand(profiles.shape[:2]), self.max_iter
 
     def _lloyd(
-        self, profiles: Tensor, num_clusters: int, init_labels: Tensor | None, assign: Assign
+        self,
+        profiles: Tensor,
+        num_clusters: int,
+        init_labels: Tensor | None,
+        grid: tuple[int, ...] | None,
+        assign: Assign,
     ) -> Tensor:
+        labels, max_iter = self._start(profiles, num_clusters, init_labels, grid)
         return lloyd(
             profiles,
             num_clusters,
-            init_labels,
+            labels,
             assign=assign,
-            max_iter=self.max_iter,
+            max_iter=max_iter,
             tolerance=self.tolerance,
             min_share=self.min_share,
             seed=self.seed,
@@ -73,12 +105,12 @@ class TorchKMeans(KMeans):
             profiles: (B, F, D) float32.
             num_clusters: K.
             init_labels: (B, F) for a warm start: the first centroids are the means of these clusters.
-            grid: not used.
+            grid: whose tiles a cold start takes.
 
         Returns:
             int64 labels (B, F) on the profiles' device.
         """
-        return self._lloyd(profiles, num_clusters, init_labels, assign_nearest)
+        return self._lloyd(profiles, num_clusters, init_labels, grid, assign_nearest)
 
 
 def lloyd(
@@ -97,7 +129,7 @@ def lloyd(
     Args:
         profiles: (B, F, D) float32; all-zero rows take no part.
         num_clusters: K.
-        init_labels: (B, F) for a warm start, or ``None``.
+        init_labels: int64 (B, F), whose means are the first centroids, or ``None`` for random items.
         assign: how points find their centroids.
         max_iter: iterations at most.
         tolerance: smallest relative gain in inertia worth another iteration.
@@ -150,7 +182,7 @@ def _starting_centroids(
     means = torch.where(alive.gather(1, order)[:, :, None], means, _FAR)
     if init_labels is None:
         return means
-    return _update(profiles, alive, init_labels.to(profiles.device, torch.int64), means)
+    return _update(profiles, alive, init_labels, means)
 
 
 def _update(profiles: Tensor, alive: Tensor, labels: Tensor, means: Tensor) -> Tensor:

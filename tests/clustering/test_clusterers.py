@@ -132,6 +132,22 @@ def test_a_warm_start_needs_fewer_iterations(kmeans, device):
     assert inertia(profiles, warm) <= 1.001 * inertia(profiles, old)
 
 
+def test_more_iterations_from_a_warm_start_lower_the_inertia(kmeans, device):
+    profiles, truth = make_planted(8, noise=2.0)
+    old = scramble(truth, 0.5, 8)
+    short, long = (fit(kmeans(warm_iter=n, tolerance=0), profiles, 8, device, old=old) for n in (1, 10))
+    assert inertia(profiles, long) < 0.999 * inertia(profiles, short)
+
+
+def test_a_cold_start_from_tiles_ends_lower_where_neighbours_are_alike(kmeans, device):
+    generator = torch.Generator().manual_seed(0)
+    fields = F.interpolate(torch.randn(8, 64, 4, 4, generator=generator), (16, 16), mode="bilinear")
+    noisy = fields + 0.3 * torch.randn(fields.shape, generator=generator)
+    profiles = F.normalize(noisy.flatten(2).mT, dim=2).to(device)
+    tiled, random = (kmeans().fit(profiles, 16, grid=grid).cpu() for grid in ((16, 16), None))
+    assert inertia(profiles.cpu(), tiled) < 0.99 * inertia(profiles.cpu(), random)
+
+
 def test_a_warm_start_from_fewer_clusters_fills_up(kmeans, device):
     profiles, truth = make_planted(8)
     labels = fit(kmeans(), profiles, 8, device, old=truth.clamp(max=4))
@@ -220,6 +236,7 @@ def test_positions_make_clusters_tighter(kmeans, device):
     ("settings", "message"),
     [
         ({"max_iter": 0}, "max_iter=0: must be at least 1"),
+        ({"warm_iter": 0}, "warm_iter=0: must be at least 1"),
         ({"tolerance": -1e-3}, "tolerance=-0.001: must be at least 0"),
         ({"tolerance": float("nan")}, "tolerance=nan: must be at least 0"),
         ({"min_share": 0.6}, r"min_share=0.6: must be in \[0, 0.5\]"),
