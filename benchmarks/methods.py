@@ -9,7 +9,7 @@ from clusterers import Blocks, Shuffled
 from settings import Settings
 from torch import nn
 
-from lightning_dropcluster import DropCluster
+from lightning_dropcluster import REGULARIZERS, DropCluster, StructuredDropout
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans
 
 
@@ -24,7 +24,10 @@ def build_callback(settings: Settings, model: nn.Module) -> pl.Callback | None:
         "schedule": settings.schedule,
         "layer_types": nn.Module if settings.any_layer else None,
     }
-    return DropCluster(layers, settings.drop_prob, **common, **_cluster_options(settings))
+    if settings.regularizer == "dropcluster":
+        return DropCluster(layers, settings.drop_prob, **common, **_cluster_options(settings))
+    size = {"block_size": settings.block_size} if settings.regularizer == "drop_block" else {}
+    return StructuredDropout(layers, REGULARIZERS[settings.regularizer](settings.drop_prob, **size), **common)
 
 
 def _cluster_options(settings: Settings) -> dict[str, Any]:

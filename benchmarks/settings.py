@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from data import DataName
 
-RegularizerName = Literal["none", "dropcluster"]
+RegularizerName = Literal["none", "dropcluster", "dropout", "spatial_dropout", "drop_block"]
 
 
 @dataclass(frozen=True, kw_only=True)
