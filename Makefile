@@ -49,12 +49,17 @@ bench: .venv/.installed ## Train with and without the callback on the digits; on
 	$(BIN)/python benchmarks/train.py --regularizer none
 	$(BIN)/python benchmarks/train.py --regularizer dropcluster
 
+.PHONY: docs
+docs: .venv/.installed ## Build the documentation into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo site/index.html
+
 .PHONY: constraints
 constraints: ## Pin what the newest releases resolve to
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --editable '.[dev,release]'
 	$(BIN)/pip freeze --exclude-editable > constraints.txt
 
 .PHONY: clean
 clean: ## Remove what the other targets made
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache demo build dist *.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache demo site build dist *.egg-info
