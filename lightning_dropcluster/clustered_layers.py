@@ -305,10 +305,12 @@ class ClusteredLayers:
         self.clusters[name] = Clusters(smallest_table(labels.reshape(self.scope.label_shape(shape))), shape)
         self._bind(name)
         sizes = cluster_sizes(labels, len(labels), int(counts.max()))
+        shares = sizes / labels.shape[1]
         report = {
             "num_clusters": counts.double().mean().item(),
             "cluster_size": (labels.shape[1] / counts.double()).mean().item(),
-            "concentration": (sizes / labels.shape[1]).square().sum(1).mean().item(),
+            "concentration": shares.square().sum(1).mean().item(),
+            "largest_share": shares.max().item(),
         }
         if old is not None and old.shape == shape:
             report["agreement"] = adjusted_rand_index(labels, old.table.reshape(labels.shape))

@@ -299,6 +299,8 @@ def test_a_checkpoint_without_labels_is_no_source_of_labels(tmp_path):
         (lambda: FaissKMeans(max_iter=0), ValueError, "max_iter=0: must be at least 1"),
         (lambda: FaissKMeans(tolerance=NAN), ValueError, "tolerance=nan: must be at least 0"),
         (lambda: FaissKMeans(min_share=0.9), ValueError, r"min_share=0.9: must be in \[0, 0.5\]"),
+        (lambda: FaissKMeans(max_share=1.5), ValueError, "max_share=1.5: must be at least 2"),
+        (lambda: FaissKMeans(max_share=NAN), ValueError, "max_share=nan: must be at least 2"),
         (lambda: plot_clusters(torch.rand(2, 3, 3)), TypeError, "labels: must be"),
     ],
 )

@@ -381,9 +381,8 @@ def test_what_is_logged(loader, tmp_path):
     trainer = make_trainer(make_callback("conv1"), logger=CSVLogger(tmp_path), log_every_n_steps=1)
     trainer.fit(Classifier(), loader)
     logged = (next(tmp_path.glob("**/metrics.csv"))).read_text().splitlines()[0].split(",")
-    keys = {
-        f"dropcluster/model.conv1/{k}" for k in ("num_clusters", "cluster_size", "concentration", "agreement")
-    }
+    reported = ("num_clusters", "cluster_size", "concentration", "largest_share", "agreement")
+    keys = {f"dropcluster/model.conv1/{name}" for name in reported}
     assert keys | {"dropcluster/drop_prob"} <= set(logged)
     metrics = trainer.callback_metrics
     clusters = (
@@ -391,6 +390,11 @@ def test_what_is_logged(loader, tmp_path):
     )
     assert clusters == 16 * 16
     assert 0.0 < metrics["dropcluster/model.conv1/agreement"] <= 1.0
+    # A bound of 4 times the mean size, of 16 in 256 features, unless dead ones joined.
+    share, concentration = (
+        metrics[f"dropcluster/model.conv1/{k}"] for k in ("largest_share", "concentration")
+    )
+    assert concentration <= share <= 4 / 16
 
 
 def test_copies_and_pickles_of_an_attached_module_work_and_do_not_drop(loader):

@@ -67,7 +67,8 @@ class FaissKMeans(KMeans):
             live = np.ascontiguousarray(points[alive])
             count = min(num_clusters, len(live))
             start = None if old is None else self._centroids(live, old[alive], num_clusters, count)
-            labels[alive] = repair(live, self._k_means(live, count, max_iter, start), count, self.min_share)
+            found = self._k_means(live, count, max_iter, start)
+            labels[alive] = repair(live, found, count, self.min_share, self.max_share)
         return labels
 
     def _k_means(self, points: Points, num_clusters: int, max_iter: int, start: Points | None) -> Labels:

@@ -1,4 +1,6 @@
-"""Repair of k-means labels: no cluster empty, none tiny, none made of copies of one point."""
+"""Repair of k-means labels: no cluster empty, none tiny, none huge."""
+
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,22 +9,37 @@ Points = NDArray[np.float32]
 Labels = NDArray[np.int64]
 
 
-def repair(points: Points, labels: Labels, num_clusters: int, min_share: float) -> Labels:
-    """Merge small clusters into their nearest neighbours and split the largest for each slot left empty.
+def repair(
+    points: Points, labels: Labels, num_clusters: int, min_share: float, max_share: float = math.inf
+) -> Labels:
+    """Merge small clusters into their nearest neighbours and split large ones in two.
 
-    The scheme is that of Online Deep Clustering (https://arxiv.org/abs/2006.10645), which splits by 2-means;
-    we cut the largest cluster in equal halves along its longest direction, which cannot fail.
+    The scheme is that of Online Deep Clustering (https://arxiv.org/abs/2006.10645): for each slot that
+    merging leaves empty the largest cluster is split. It splits by 2-means; we cut in equal halves along the
+    longest direction, which cannot fail. The upper bound is against a cluster that swallows the others, as is
+    Hard Regularization (https://arxiv.org/abs/2303.16521), which adds a cost for size to each assignment; we
+    go on splitting, and the smallest cluster makes room each time.
 
     Args:
         points: (F, D), F >= num_clusters.
         labels: (F,) in [0, num_clusters).
         num_clusters: K.
         min_share: clusters below this share of the mean size F / K are merged; in [0, 0.5].
+        max_share: clusters above this share of the mean size are split; at least 2.
 
     Returns:
         Labels (F,) in [0, num_clusters). Every cluster has a member, unless there are fewer than K distinct
-        points.
+        points; copies of one point stay together, whatever their number.
     """
+    labels = _fill(points, labels, num_clusters, min_share)
+    most = max_share * len(points) / num_clusters
+    if np.bincount(labels).max() > most:
+        labels = _bound(points, labels.copy(), num_clusters, most)
+    return labels
+
+
+def _fill(points: Points, labels: Labels, num_clusters: int, min_share: float) -> Labels:
+    """Merge small clusters, and split the largest for each slot left empty."""
     sizes = np.bincount(labels, minlength=num_clusters)
     smallest = max(1, int(min_share * len(points) / num_clusters))
     if sizes.min() >= smallest:
@@ -33,7 +50,10 @@ def repair(points: Points, labels: Labels, num_clusters: int, min_share: float) 
             return which.reshape(-1).astype(np.int64)
     labels = _merge_small(points, labels, sizes, smallest)
     for empty in np.flatnonzero(np.bincount(labels, minlength=num_clusters) == 0):
-        _split_largest(points, labels, int(empty), num_clusters)
+        half = _half_of_largest(points, labels)
+        if half is None:
+            break
+        labels[half] = empty
     return labels
 
 
@@ -68,16 +88,32 @@ def _merge_small(points: Points, labels: Labels, sizes: NDArray[np.int64], small
     return labels
 
 
-def _split_largest(points: Points, labels: Labels, empty: int, num_clusters: int) -> None:
-    """Move half of the largest cluster that is not one repeated point to the empty one, in place."""
-    sizes = np.bincount(labels, minlength=num_clusters)
+def _bound(points: Points, labels: Labels, num_clusters: int, most: float) -> Labels:
+    """Split clusters of more than ``most`` members; each time the smallest joins another and frees its slot.
+
+    The sum of the squared sizes falls every time, since ``most`` is at least twice the mean: so this ends.
+    """
+    while (half := _half_of_largest(points, labels, most)) is not None:
+        means, sizes = centroids(points, labels, num_clusters)
+        smallest = sizes.argmin()
+        has_room = sizes + sizes[smallest] <= most  # the second smallest has, at the least
+        has_room[smallest] = False
+        distances = np.square(means - means[smallest]).sum(1)
+        labels[labels == smallest] = np.where(has_room, distances, np.inf).argmin()
+        labels[half] = smallest
+    return labels
+
+
+def _half_of_largest(points: Points, labels: Labels, above: float = 1) -> NDArray[np.int64] | None:
+    """Return half of the members of the largest cluster that is not one repeated point, if any is above."""
+    sizes = np.bincount(labels)
     for largest in np.argsort(-sizes, kind="stable"):
-        if sizes[largest] < 2:
-            return
+        if sizes[largest] <= above:
+            break
         members = np.flatnonzero(labels == largest)
         offsets = points[members] - points[members].mean(0)
         lengths = np.square(offsets).sum(1)
         if lengths.max() > 1e-10:
             along = offsets @ offsets[lengths.argmax()]
-            labels[members[np.argsort(along, kind="stable")[len(members) // 2 :]]] = empty
-            return
+            return members[np.argsort(along, kind="stable")[len(members) // 2 :]]
+    return None

@@ -1,5 +1,6 @@
 """Lloyd's k-means on torch alone, many problems at once: the reference, and the loop FAISS uses on a GPU."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -26,6 +27,7 @@ class KMeans:
         warm_iter: iterations at most from a warm start.
         tolerance: stop when an iteration lowers the inertia by less than this share of it.
         min_share: clusters below this share of the mean size are merged away, see `repair`.
+        max_share: clusters above this share of the mean size are split, see `repair`; at least 2.
         seed: of the items taken where the start needs random ones; the same seed and profiles give the same
             labels.
 
@@ -40,6 +42,7 @@ class KMeans:
         min_share: float = 0.25,
         seed: int = 0,
         warm_iter: int = 1,
+        max_share: float = 4.0,
     ) -> None:
         if max_iter < 1:
             raise ValueError(f"max_iter={max_iter!r}: must be at least 1")
@@ -49,8 +52,11 @@ class KMeans:
             raise ValueError(f"tolerance={tolerance!r}: must be at least 0")
         if not 0.0 <= min_share <= 0.5:
             raise ValueError(f"min_share={min_share!r}: must be in [0, 0.5]")
+        if not max_share >= 2.0:
+            raise ValueError(f"max_share={max_share!r}: must be at least 2")
         self.max_iter, self.warm_iter = max_iter, warm_iter
-        self.tolerance, self.min_share, self.seed = tolerance, min_share, seed
+        self.min_share, self.max_share = min_share, max_share
+        self.tolerance, self.seed = tolerance, seed
 
     def _start(
         self, profiles: Tensor, num_clusters: int, init_labels: Tensor | None, grid: tuple[int, ...] | None
@@ -80,6 +86,7 @@ class KMeans:
             max_iter=max_iter,
             tolerance=self.tolerance,
             min_share=self.min_share,
+            max_share=self.max_share,
             seed=self.seed,
         )
 
@@ -122,6 +129,7 @@ def lloyd(
     max_iter: int,
     tolerance: float,
     min_share: float,
+    max_share: float = math.inf,
     seed: int,
 ) -> Tensor:
     """Run Lloyd's iterations on B problems at once.
@@ -134,6 +142,7 @@ def lloyd(
         max_iter: iterations at most.
         tolerance: smallest relative gain in inertia worth another iteration.
         min_share: see `repair`.
+        max_share: see `repair`.
         seed: of the starting centroids.
 
     Returns:
@@ -149,7 +158,7 @@ def lloyd(
         previous, inertia = inertia, (distances * alive).sum()
         if previous - inertia <= tolerance * previous:
             break
-    return _repair_all(profiles, alive, labels, num_clusters, min_share)
+    return _repair_all(profiles, alive, labels, num_clusters, min_share, max_share)
 
 
 def assign_nearest(points: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,7 +203,7 @@ def _update(profiles: Tensor, alive: Tensor, labels: Tensor, means: Tensor) -> T
 
 
 def _repair_all(
-    profiles: Tensor, alive: Tensor, labels: Tensor, num_clusters: int, min_share: float
+    profiles: Tensor, alive: Tensor, labels: Tensor, num_clusters: int, min_share: float, max_share: float
 ) -> Tensor:
     """Repair each problem on the host; those that need none cost little."""
     labels = labels * alive
@@ -202,5 +211,5 @@ def _repair_all(
     for row, point, lives in zip(host, points, living, strict=True):
         if lives.any():
             count = min(num_clusters, int(lives.sum()))
-            row[lives] = repair(point[lives], row[lives], count, min_share)
+            row[lives] = repair(point[lives], row[lives], count, min_share, max_share)
     return torch.from_numpy(host).to(labels.device)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from lightning_dropcluster.clustering import FaissKMeans, TorchKMeans, adjusted_rand_index, faiss_kmeans
 from lightning_dropcluster.clustering.protocol import append_positions, count_clusters, settle
+from lightning_dropcluster.sketch import Sketch
 
 HAS_GPU = torch.cuda.is_available() and faiss_kmeans.faiss.get_num_gpus() > 0
 CUDA = pytest.param(
@@ -65,6 +66,25 @@ def test_labels_are_whole_numbers_and_no_cluster_is_empty(kmeans, device, num_cl
     assert labels.dtype == torch.int64
     assert labels.min() == 0
     assert count_clusters(labels).tolist() == [num_clusters] * 2
+
+
+@pytest.mark.parametrize("max_share", [2.0, 4.0])
+def test_sparse_activations_do_not_collapse_into_one_cluster(kmeans, device, max_share):
+    """Not even from a start that has: nearly all in one cluster, and too few iterations to leave it."""
+    activations = torch.relu(torch.randn(64, 2, 16, 16, generator=torch.Generator().manual_seed(0)) - 1.645)
+    assert (activations == 0).float().mean() == pytest.approx(0.95, abs=0.01)
+    sketch = Sketch((2, 16, 16), num_samples=64)
+    sketch.update(activations)
+    profiles, collapsed = sketch.profiles(), torch.arange(256).clamp(max=15).expand(2, -1)
+
+    def largest(bound):
+        clusterer, live = kmeans(warm_iter=1, max_share=bound), profiles.any(dim=2)
+        labels = clusterer.fit(profiles.to(device), 16, init_labels=collapsed).cpu()
+        sizes = [labels[row][live[row]].bincount(minlength=16) for row in range(2)]
+        return max(float(size.max() / size.float().mean()) for size in sizes)
+
+    assert largest(float("inf")) > 4.0
+    assert largest(max_share) <= max_share
 
 
 def test_the_same_seed_gives_the_same_labels(kmeans, device):

@@ -52,6 +52,24 @@ def test_the_arguments_stay_as_they_were(clustering):
     np.testing.assert_array_equal(labels, copies[1])
 
 
+@given(clusterings(), st.floats(2, 6))
+@settings(deadline=None, max_examples=200)
+def test_no_cluster_is_above_the_bound_and_the_floor_holds(clustering, max_share):
+    points, _, num_clusters, min_share = clustering
+    sizes = np.bincount(repair(*clustering, max_share), minlength=num_clusters)
+    assert sizes.max() <= max_share * len(points) / num_clusters
+    assert sizes.min() >= max(1, int(min_share * len(points) / num_clusters))
+
+
+@given(clusterings(distinct=False))
+@settings(deadline=None, max_examples=100)
+def test_only_copies_of_one_point_may_be_above_the_bound(clustering):
+    points, _, num_clusters, _ = clustering
+    labels = repair(*clustering, 2.0)
+    for cluster in np.flatnonzero(np.bincount(labels) > 2.0 * len(points) / num_clusters):
+        assert len(np.unique(points[labels == cluster], axis=0)) == 1
+
+
 def test_a_sound_clustering_is_handed_back():
     labels = np.array([0, 0, 1, 1, 2, 2])
     points = np.arange(6, dtype=np.float32)[:, None]
