@@ -20,7 +20,13 @@ from lightning_dropcluster.regularizers import (
     Regularizer,
     SpatialDropout,
 )
-from lightning_dropcluster.visualization import plot_clusters
+from lightning_dropcluster.visualization import (
+    plot_clusters,
+    plot_history,
+    plot_overlay,
+    plot_sizes,
+    save_animation,
+)
 
 __version__ = version("lightning_dropcluster")
 
@@ -45,6 +51,10 @@ __all__ = [
     "TorchKMeans",
     "Ward",
     "plot_clusters",
+    "plot_history",
+    "plot_overlay",
+    "plot_sizes",
     "preview",
+    "save_animation",
     "select_layers",
 ]

@@ -1,15 +1,18 @@
-"""The command line: what the callback would work on in a timm model."""
+"""The command line: what the callback would work on in a timm model, and what it learned."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_dropcluster.checkpoint_plots import read_histories, read_image, save_plots
+from lightning_dropcluster.checks import check_number
 from lightning_dropcluster.layers import nearest_names, select_layers
-from lightning_dropcluster.listing import print_layers
+from lightning_dropcluster.listing import print_history, print_layers
 from lightning_dropcluster.preview import Preview, preview
 
 if TYPE_CHECKING:
@@ -33,7 +36,9 @@ def main(args: Sequence[str] | None = None) -> None:
         from jsonargparse import ArgumentParser
     except ImportError as error:
         raise SystemExit(_MISSING.format(error=error)) from error
-    parser = ArgumentParser(prog=_PROG, description="See what DropCluster would work on.")
+    parser = ArgumentParser(
+        prog=_PROG, description="See what DropCluster would work on, and what it learned."
+    )
     commands = parser.add_subcommands(dest="command")
     for name, (run, add_arguments) in _COMMANDS.items():
         sub = ArgumentParser(description=_first_line(run))
@@ -43,6 +48,8 @@ def main(args: Sequence[str] | None = None) -> None:
     run, _ = _COMMANDS[parsed.command]
     try:
         run(**parsed[parsed.command].as_dict())
+    except ImportError as error:
+        raise SystemExit(str(error)) from error
     except (ValueError, OSError) as error:
         raise SystemExit(f"{_PROG} {parsed.command}: {error}") from error
 
@@ -82,6 +89,37 @@ def layers(
     picked = None if match is None else set(select_layers(network, match))
     size = "×".join(map(str, shape or network.default_cfg["input_size"]))
     print_layers(model, size, found, picked, scope=scope, show_all=show_all)
+
+
+def plot(
+    checkpoints: list[str],
+    match: list[str] | None = None,
+    *,
+    output: str = ".",
+    image: str | None = None,
+    max_maps: int = 16,
+) -> None:
+    """Draw the clusters that checkpoints hold; of several checkpoints of a run, also how they changed.
+
+    Args:
+        checkpoints: files that Lightning wrote, or folders of them.
+        match: patterns of layers' names; all layers with clusters by default.
+        output: folder for the pictures.
+        image: file with an input image, to draw the clusters over.
+        max_maps: feature maps drawn of each layer at most.
+
+    Raises:
+        ValueError: where an argument is wrong, or there are no clusters.
+        OSError: where a file cannot be read or written.
+    """
+    check_number("max_maps", max_maps, 1, integer=True)
+    pixels = None if image is None else read_image(image)
+    histories = read_histories([Path(path) for path in checkpoints], match or ["**"])
+    Path(output).mkdir(parents=True, exist_ok=True)
+    for history in histories:
+        print_history(history)
+        for path in save_plots(history, Path(output), image=pixels, max_maps=max_maps):
+            print(f"  {path}")
 
 
 def parse_size(text: str | None) -> tuple[int, ...] | None:
@@ -141,10 +179,25 @@ def _add_layers(parser: ArgumentParser) -> None:
     parser.add_function_arguments(layers, skip={"model", "match", "show_all"})
 
 
+def _add_plot(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        type=str,
+        metavar="CHECKPOINT",
+        help="files that Lightning wrote, or folders of them",
+    )
+    parser.add_argument(
+        "--match", nargs="+", type=str, metavar="PATTERN", help="patterns of layers' names; all by default"
+    )
+    parser.add_function_arguments(plot, skip={"checkpoints", "match"})
+
+
 def _first_line(function: Callable[..., None]) -> str:
     return (function.__doc__ or "").partition("\n")[0]
 
 
 _COMMANDS: dict[str, tuple[Callable[..., None], Callable[[ArgumentParser], None]]] = {
     "layers": (layers, _add_layers),
+    "plot": (plot, _add_plot),
 }

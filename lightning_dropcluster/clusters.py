@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_dropcluster.clustering.protocol import INTEGERS
 from lightning_dropcluster.layers import count_channels
 from lightning_dropcluster.regularizers.cluster_drop import smallest_integer_type
-from lightning_dropcluster.scopes import Scope, Shape
+from lightning_dropcluster.scopes import SCOPES, Scope, Shape
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,23 @@ class Clusters:
             The table on the CPU, and the shape.
         """
         return {"table": self.table.cpu(), "shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class SavedClusters:
+    """What a checkpoint holds of all its DropClusters.
+
+    Args:
+        epoch: when it was written.
+        step: when it was written, in optimiser steps.
+        clusters: name of layer to its clusters.
+        scopes: name of layer to what was grouped.
+    """
+
+    epoch: int
+    step: int
+    clusters: dict[str, Clusters]
+    scopes: dict[str, Scope]
 
 
 def clusters_from_labels(labels: Tensor, scope: Scope, name: str) -> Clusters:
@@ -106,7 +123,7 @@ def read_initial_labels(source: Any, scope: Scope) -> dict[str, Clusters]:
         ValueError: where it holds no labels, or labels that do not fit the scope.
     """
     if isinstance(source, str | PathLike):
-        return _read_checkpoint(source, scope)
+        return _clusters_in(source, scope)
     if not isinstance(source, Mapping):
         raise TypeError(
             f"initial_labels={_brief(source)}: must be a mapping of layer names to labels, or the path of a "
@@ -115,6 +132,40 @@ def read_initial_labels(source: Any, scope: Scope) -> dict[str, Clusters]:
     if not source:
         raise ValueError("initial_labels={}: must hold the labels of at least one layer")
     return {str(name): clusters_from_labels(labels, scope, str(name)) for name, labels in source.items()}
+
+
+def read_checkpoint(path: str | PathLike[str]) -> SavedClusters:
+    """Read the clusters that a Lightning checkpoint holds.
+
+    Args:
+        path: of a checkpoint that was written with a DropCluster, or several.
+
+    Returns:
+        The clusters of all its layers, none where there was no DropCluster.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        TypeError: where a label table is no integer tensor.
+        ValueError: where it is no checkpoint, or its labels are damaged.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        reason = str(error).partition(". ")[0]
+        raise ValueError(f"no checkpoint that torch loads with weights_only=True ({reason})") from error
+    checkpoint = checkpoint if isinstance(checkpoint, Mapping) else {}
+    saved = SavedClusters(checkpoint.get("epoch", 0), checkpoint.get("global_step", 0), {}, {})
+    callbacks = checkpoint.get("callbacks")
+    for key, state in callbacks.items() if isinstance(callbacks, Mapping) else ():
+        is_ours = str(key).partition("{")[0] == "DropCluster" and isinstance(state, Mapping)
+        scope = SCOPES.get(str(state.get("scope"))) if is_ours else None
+        if scope is not None and isinstance(state.get("clusters"), Mapping):
+            for name, entry in state["clusters"].items():
+                saved.clusters[str(name)] = clusters_from_state(entry, scope, str(name))
+                saved.scopes[str(name)] = scope
+    return saved
 
 
 def check_shape(shape: Any, what: str) -> None:
@@ -161,22 +212,12 @@ def check_channels(clusters: Clusters, layer: nn.Module, name: str) -> None:
         )
 
 
-def _read_checkpoint(path: str | PathLike[str], scope: Scope) -> dict[str, Clusters]:
+def _clusters_in(path: str | PathLike[str], scope: Scope) -> dict[str, Clusters]:
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"initial_labels={str(path)!r}: no checkpoint that torch loads with weights_only=True ({error})"
-        ) from error
-    callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, Mapping) else None
-    found: dict[str, Clusters] = {}
-    for key, state in callbacks.items() if isinstance(callbacks, Mapping) else ():
-        is_ours = str(key).partition("{")[0] == "DropCluster" and isinstance(state, Mapping)
-        if is_ours and state.get("scope") == scope.name and isinstance(state.get("clusters"), Mapping):
-            for name, entry in state["clusters"].items():
-                found[str(name)] = clusters_from_state(entry, scope, str(name))
+        saved = read_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"initial_labels={str(path)!r}: {error}") from error
+    found = {name: clusters for name, clusters in saved.clusters.items() if saved.scopes[name] is scope}
     if not found:
         raise ValueError(
             f"initial_labels={str(path)!r}: the checkpoint holds no labels of a DropCluster with "

@@ -8,7 +8,9 @@ from collections.abc import Collection, Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from lightning_dropcluster.checkpoint_plots import LayerHistory
 from lightning_dropcluster.preview import HEADINGS, LayerPreview, Preview
+from lightning_dropcluster.visualization.panels import agreement, headline
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,6 +53,20 @@ def print_layers(
         console.print(f"  {title}", style="dim")
         text = f"    layers={listed}" if len(patterns) == 1 else f"    layers=[{listed}]"
         console.print(text, markup=False, soft_wrap=True)
+
+
+def print_history(history: LayerHistory) -> None:
+    """Print what clusters a layer has, and how they changed.
+
+    Args:
+        history: of the layer.
+    """
+    labels, epochs = history.labels, history.epochs
+    parts = [f"epoch {epochs[-1]}", f"{int(labels[-1].max()) + 1} clusters", f"scope {history.scope}"]
+    if len(labels) > 1:
+        since = agreement(labels[-1], labels[-2], history.scope)
+        parts.append(f"agreement with epoch {epochs[-2]}: {since:.2f}")
+    _console().print(f"[bold]{history.name}[/]  {headline(parts)}")
 
 
 def _console() -> Console:

@@ -5,7 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from fits import Classifier, make_loader, make_trainer
+from PIL import Image
+from pytorch_lightning.callbacks import ModelCheckpoint
 
+from lightning_dropcluster import DropCluster
 from lightning_dropcluster.cli import main, parse_size
 
 
@@ -128,3 +133,52 @@ def test_python_dash_m():
     )
     assert ran.returncode == 1
     assert "layers='nothing_such' matches no layer" in ran.stderr
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Checkpoints of a run that clustered two layers in every epoch."""
+    folder = tmp_path_factory.mktemp("run")
+    callback = DropCluster(["conv1", "layer1.0.conv2"], start=0.0, every_n_epochs=1, num_samples=8)
+    saver = ModelCheckpoint(folder, save_top_k=-1, every_n_epochs=1)
+    trainer = make_trainer(callback, saver, max_epochs=3, enable_checkpointing=True)
+    trainer.fit(Classifier(), make_loader())
+    return folder
+
+
+def test_a_checkpoint_is_drawn(run, checkpoints, tmp_path):
+    last = max(checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    out = run("plot", str(last), "--output", str(tmp_path / "new"), "--match", "conv1", columns=200)
+    assert re.match(r"model.conv1  epoch 2 · 16 clusters · scope map\n", out)
+    written = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert written == ["model.conv1.png", "model.conv1.sizes.png"]
+    assert all(str(tmp_path / "new" / name) in out for name in written)
+
+
+def test_checkpoints_of_a_run_become_a_history(run, checkpoints, tmp_path):
+    Image.new("L", (9, 7)).save(tmp_path / "image.png")
+    out = run(
+        "plot", str(checkpoints), f"--output={tmp_path}", f"--image={tmp_path / 'image.png'}", columns=200
+    )
+    assert re.search(r"model.layer1.0.conv2  epoch 2 .* agreement with epoch 1: -?[01]\.\d\d", out)
+    for ending in ("png", "sizes.png", "overlay.png", "history.png", "history.gif"):
+        for layer in ("model.conv1", "model.layer1.0.conv2"):
+            with Image.open(tmp_path / f"{layer}.{ending}") as picture:
+                assert getattr(picture, "n_frames", 1) == (3 if ending == "history.gif" else 1)
+
+
+def test_what_cannot_be_drawn_is_said_in_one_line(capsys, checkpoints, tmp_path):
+    torch.save({"callbacks": {}}, tmp_path / "empty.ckpt")
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    (tmp_path / "folder").mkdir()
+    one = str(next(checkpoints.glob("*.ckpt")))
+    for args, message in (
+        ([str(tmp_path / "none.ckpt")], "No such file"),
+        ([str(tmp_path / "empty.ckpt")], "no clusters of a DropCluster in "),
+        ([str(tmp_path / "text.ckpt")], "text.ckpt: no checkpoint that torch loads with weights_only=True"),
+        ([str(tmp_path / "folder")], r"no checkpoint \(\*.ckpt\) in the folder"),
+        ([one, "--match", "conv2"], "match='conv2' picks none of the layers with clusters; nearest: model.l"),
+        ([one, "--image", str(tmp_path / "text.ckpt")], "no image that Pillow reads"),
+        ([one, "--max_maps", "0"], "max_maps=0: must be an integer of at least 1"),
+    ):
+        assert re.match(f"lightning-dropcluster plot: .*{message}", fails(capsys, "plot", *args))

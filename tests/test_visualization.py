@@ -6,8 +6,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from lightning_dropcluster.visualization import cluster_colors, plot_clusters
+from lightning_dropcluster.visualization import (
+    cluster_colors,
+    neighbor_colors,
+    plot_clusters,
+    plot_history,
+    plot_overlay,
+    plot_sizes,
+    save_animation,
+)
+from lightning_dropcluster.visualization.sizes import cluster_sizes_of
 
 
 def panels(figure):
@@ -97,7 +107,7 @@ def test_borders_run_between_clusters_and_nowhere_else():
 
     assert borders(torch.zeros(1, 4, 4, dtype=torch.long)) == 0
     assert borders(torch.tensor([[[0, 0, 1], [0, 0, 1]]])) == 2
-    assert borders(torch.arange(65 * 65).reshape(1, 65, 65)) == 0
+    assert borders(torch.arange(129 * 2).reshape(1, 129, 2)) == 0
 
 
 def test_titles_say_what_is_shown():
@@ -156,3 +166,139 @@ def test_missing_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install lightning-dropcluster\[plot\]"):
         plot_clusters(torch.zeros(1, 2, 2, dtype=torch.long))
+
+
+def patches(num_maps, side, num_clusters, seed=0, moved=0.0):
+    """Labels of connected clusters: each cell belongs to the nearest of some random points."""
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.rand(num_maps, num_clusters, 2, generator=generator) * side
+    points += moved * torch.randn(points.shape, generator=generator)
+    grid = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
+    return torch.cdist(grid.expand(num_maps, -1, -1), points).argmin(2).reshape(num_maps, side, side)
+
+
+def beside(labels):
+    """Pairs of clusters that touch."""
+    pairs = [
+        torch.stack([one.flatten(), other.flatten()])
+        for one, other in ((labels[:, 1:], labels[:, :-1]), (labels[:, :, 1:], labels[:, :, :-1]))
+    ]
+    pairs = torch.cat(pairs, 1).unique(dim=1)
+    return pairs[:, pairs[0] != pairs[1]]
+
+
+@pytest.mark.parametrize("num_clusters", [6, 64, 196])
+def test_clusters_side_by_side_differ_more_than_by_chance(num_clusters):
+    labels = patches(1, 32, num_clusters)
+    first, second = beside(labels)
+    colors = neighbor_colors(labels)
+
+    def nearest(colors):
+        return (colors[first] - colors[second]).norm(dim=1).min()
+
+    assert len((colors * 255).round().unique(dim=0)) == num_clusters
+    assert nearest(colors) > 0.3
+    by_chance = [nearest(colors[torch.randperm(num_clusters)]) for _ in range(5)]
+    assert nearest(colors) > max(by_chance) or num_clusters < 10
+
+
+def test_titles_tell_epoch_and_agreement():
+    labels = patches(2, 8, 4)
+    text = plot_clusters(labels, title="conv1", epoch=3, previous=labels).get_suptitle()
+    assert text.splitlines()[0] == "conv1 · epoch 3"
+    assert text.splitlines()[2] == "agreement with the clusters before: 1.00"
+    other = plot_clusters(labels, previous=patches(2, 8, 4, seed=1)).get_suptitle()
+    assert "agreement with the clusters before: 1.00" not in other
+
+
+def test_given_colors_are_used():
+    colors = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
+    labels = torch.tensor([[[0, 2]]])
+    assert panels(plot_clusters(labels, colors=colors))[0].tolist() == [[[1, 0, 0], [0, 0, 1]]]
+    with pytest.raises(ValueError, match=r"colors of shape \(2, 3\): must be \(K, 3\), K at least 3"):
+        plot_clusters(labels, colors=colors[:2])
+
+
+def test_a_filmstrip_keeps_the_colors_of_clusters():
+    history = [patches(5, 12, 7, moved=moved) for moved in (0.0, 0.5, 1.0)]
+    figure = plot_history(history, epochs=[0, 5, 10], title="conv1", max_maps=2)
+    pixels = panels(figure)
+    assert len(pixels) == 6
+    shown = [labels[row] for row in range(2) for labels in history]
+    assert [num_colors(one) for one in pixels] == [len(labels.unique()) for labels in shown]
+    colors = {
+        (int(label), tuple(color))
+        for labels, one in zip(shown, pixels, strict=True)
+        for label, color in zip(labels.flatten(), one.reshape(-1, 3).tolist(), strict=True)
+    }
+    assert len(colors) == 7
+    heads = [axes.get_title() for axes in figure.axes[:3]]
+    assert heads[0] == "epoch 0"
+    assert heads[1].startswith("epoch 5\nagreement 0.")
+
+
+def test_of_many_moments_the_first_and_last_are_drawn():
+    history = [torch.full((1, 2, 2), moment) for moment in range(20)]
+    figure = plot_history(history, max_moments=3)
+    assert [axes.get_title().splitlines()[0] for axes in figure.axes] == [
+        "clustering 1",
+        "clustering 11",
+        "clustering 20",
+    ]
+
+
+def test_an_animation_has_a_frame_per_moment(tmp_path):
+    history = [patches(2, 8, 4, moved=moved) for moved in (0.0, 2.0, 4.0)]
+    save_animation(tmp_path / "a.gif", history, epochs=[1, 2, 3], seconds=0.1)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 3
+        gif.seek(2)
+        assert gif.info["duration"] == 300
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 30), (1, 20, 30), (20, 30)])
+def test_an_overlay_shows_the_image_and_every_cluster(shape):
+    labels = patches(3, 8, 5)
+    axes = plot_overlay(labels, torch.randn(shape), title="conv1", max_maps=2).axes
+    assert [a.get_title() for a in axes] == ["input", "map 0 · 5 clusters", "map 1 · 5 clusters"]
+    assert [len(a.images) for a in axes] == [1, 2, 2]
+    assert axes[0].images[0].get_array().shape == (20, 30, 3)
+    assert [num_colors(np.asarray(a.images[1].get_array())) for a in axes[1:]] == [5, 5]
+    assert axes[1].images[0].get_extent() == axes[1].images[1].get_extent()
+
+
+@pytest.mark.parametrize(
+    ("scope", "counts"),
+    [("map", [2, 2, 2, 2]), ("layer", [4, 4]), ("position", [2, 2]), ("channel", [1, 1])],
+)
+def test_sizes_count_what_was_grouped(scope, counts):
+    labels = torch.tensor([[[0, 0, 1, 1]], [[0, 0, 1, 1]]])
+    if scope == "channel":
+        labels = torch.tensor([[[0, 0, 0, 0]], [[1, 1, 1, 1]]])
+    assert cluster_sizes_of(labels, scope).tolist() == counts
+
+
+def test_the_histogram_holds_every_cluster():
+    labels = patches(6, 16, 9)
+    (axes,) = plot_sizes(labels, title="conv1").axes
+    assert sum(bar.get_height() for bar in axes.patches) == 54
+    assert axes.get_title().startswith("conv1\n54 clusters · sizes ")
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda: plot_history([]), "history: must hold the labels of at least one moment"),
+        (lambda: plot_history([patches(1, 4, 2), patches(1, 5, 2)]), "labels have different shapes"),
+        (lambda: plot_history([patches(1, 4, 2)], epochs=[1, 2]), "epochs: 2 of them for 1 moments"),
+        (lambda: plot_history([patches(1, 4, 2)], max_moments=1), "max_moments=1: must be"),
+        (lambda: plot_overlay(patches(1, 4, 2), torch.rand(2, 4, 4)), r"image of shape \(2, 4, 4\): must be"),
+        (lambda: plot_overlay(torch.zeros(2, 3).long(), torch.rand(4, 4)), "only 2-d maps"),
+        (lambda: plot_overlay(patches(1, 4, 2), torch.rand(4, 4), alpha=2), "alpha=2: must be"),
+        (lambda: plot_sizes(patches(1, 4, 2), scope="maps"), "scope='maps': must be one of"),
+        (lambda: plot_clusters(patches(1, 4, 2), scope="maps"), "scope='maps': must be one of"),
+    ],
+)
+def test_bad_arguments(act, message):
+    with pytest.raises(ValueError, match=message):
+        act()

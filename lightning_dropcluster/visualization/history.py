@@ -1,0 +1,161 @@
+"""How clusters change while the model trains: a filmstrip, or an animation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_dropcluster.checks import check_choice, check_number
+from lightning_dropcluster.scopes import SCOPES
+from lightning_dropcluster.visualization.colors import neighbor_colors
+from lightning_dropcluster.visualization.maps import plot_clusters
+from lightning_dropcluster.visualization.panels import (
+    agreement,
+    check_labels,
+    draw_map,
+    new_figure,
+    panel_inches,
+    shown_maps,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plot_history(
+    history: Sequence[Tensor],
+    *,
+    epochs: Sequence[int] | None = None,
+    title: str | None = None,
+    scope: str = "map",
+    max_maps: int = 4,
+    max_moments: int = 8,
+) -> Figure:
+    """Draw the clusters of one layer at several moments as a filmstrip: a row per map, a column per moment.
+
+    Clusters keep their labels when they are learned again, and so their colours here. The heads of the
+    columns tell how far the clusters agree with those in the column before.
+
+    Args:
+        history: labels (C, *spatial) of one layer, all of the same shape, the oldest first.
+        epochs: when each was made, for the heads of the columns.
+        title: what the layer is called.
+        scope: what was grouped, as for `DropCluster`.
+        max_maps: at most this many of the first feature maps are drawn, at least 1.
+        max_moments: of more moments, this many evenly spaced ones are drawn, the first and last among them;
+            at least 2.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+        TypeError: if labels are no integer tensors.
+        ValueError: if the shapes differ, or an argument is out of its range.
+    """
+    _check(history, epochs, scope)
+    check_number("max_maps", max_maps, 1, integer=True)
+    check_number("max_moments", max_moments, 2, integer=True)
+    kept = torch.linspace(0, len(history) - 1, min(len(history), max_moments)).round().int().tolist()
+    strip = [shown_maps(history[moment], max_maps) for moment in kept]
+    colors = neighbor_colors(*strip)
+    width, height = panel_inches(history[0])
+    figure = new_figure("plot_history")
+    rows, columns = len(strip[0]), len(strip)
+    figure.set_size_inches(max(columns * width, 3.2) + 0.3, rows * (height + 0.05) + 0.6)
+    figure.suptitle(title or "", fontsize=10)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for column, moment in enumerate(kept):
+        for row, image in enumerate(strip[column]):
+            draw_map(grid[row, column], image, colors)
+        head = f"epoch {epochs[moment]}" if epochs is not None else f"clustering {moment + 1}"
+        if column:
+            head += f"\nagreement {agreement(history[moment], history[kept[column - 1]], scope):.2f}"
+        grid[0, column].set_title(head, fontsize=7, pad=3)
+    for row in range(rows):
+        grid[row, 0].set_ylabel(f"map {row}", fontsize=7)
+    return figure
+
+
+def save_animation(
+    path: str | PathLike[str],
+    history: Sequence[Tensor],
+    *,
+    epochs: Sequence[int] | None = None,
+    title: str | None = None,
+    scope: str = "map",
+    max_maps: int = 16,
+    seconds: float = 0.8,
+) -> None:
+    """Save the clusters of one layer at several moments as an animated GIF.
+
+    Args:
+        path: where to, ending in ``.gif``.
+        history: labels (C, *spatial) of one layer, all of the same shape, the oldest first.
+        epochs: when each was made, for the titles.
+        title: what the layer is called.
+        scope: what was grouped, as for `DropCluster`.
+        max_maps: at most this many of the first feature maps are drawn, at least 1.
+        seconds: how long each moment is shown, above 0; the last one three times as long.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+        TypeError: if labels are no integer tensors.
+        ValueError: if the shapes differ, or an argument is out of its range.
+    """
+    _check(history, epochs, scope)
+    check_number("seconds", seconds, 0.02)
+    colors = neighbor_colors(*(shown_maps(labels, max_maps) for labels in history))
+    frames = []
+    for moment, labels in enumerate(history):
+        options: dict[str, Any] = {"scope": scope, "colors": colors, "max_maps": max_maps, "title": title}
+        options["epoch"] = None if epochs is None else epochs[moment]
+        options["previous"] = history[moment - 1] if moment else labels
+        frames.append(render(plot_clusters(labels, **options)))
+    _save_gif(path, frames, seconds)
+
+
+def render(figure: Figure) -> Tensor:
+    """Draw a figure into pixels.
+
+    Args:
+        figure: any.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
+    return pixels.reshape(height, width, 4)[:, :, :3].contiguous()
+
+
+def _save_gif(path: str | PathLike[str], frames: list[Tensor], seconds: float) -> None:
+    from PIL import Image
+
+    images = [Image.fromarray(frame.numpy()) for frame in frames]
+    # One palette for all: with a palette of its own each frame would flicker.
+    palette = Image.fromarray(torch.cat(frames).numpy()).quantize(256, dither=Image.Dither.NONE)
+    first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+    durations = [round(1000 * seconds)] * len(rest) + [round(3000 * seconds)]
+    first.save(path, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)
+
+
+def _check(history: Sequence[Tensor], epochs: Sequence[int] | None, scope: str) -> None:
+    check_choice("scope", scope, SCOPES)
+    if not history:
+        raise ValueError("history: must hold the labels of at least one moment")
+    for labels in history:
+        check_labels(labels)
+    shapes = {tuple(labels.shape) for labels in history}
+    if len(shapes) > 1:
+        raise ValueError(f"history: labels have different shapes {sorted(shapes)}")
+    if epochs is not None and len(epochs) != len(history):
+        raise ValueError(f"epochs: {len(epochs)} of them for {len(history)} moments")
