@@ -1,7 +1,7 @@
 """What the peers of DropCluster share: draw numbers, drop features, rescale what is kept."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -67,10 +67,12 @@ def draw_uniform(
 def drop(x: Tensor, dropped: Tensor, scale: Tensor | float) -> Tensor:
     """Set features to zero and rescale the others.
 
+    Backward saves the mask and the scale, never a product of the activation's size; second derivatives work.
+
     Args:
         x: activation, floating point.
-        dropped: bool, of a shape that broadcasts to that of ``x``; all that backward saves beside the scale.
-        scale: factor for what is kept, a number or a 0-d tensor.
+        dropped: bool, of a shape that broadcasts to that of ``x``.
+        scale: factor for what is kept, a number or a 0-d tensor; it is rounded to the type of ``x``.
 
     Returns:
         A tensor like ``x``: same shape, dtype, device and memory format.
@@ -79,7 +81,9 @@ def drop(x: Tensor, dropped: Tensor, scale: Tensor | float) -> Tensor:
         >>> drop(torch.ones(4), torch.tensor([True, False, False, False]), 1.5)
         tensor([0.0000, 1.5000, 1.5000, 1.5000])
     """
-    return (x * scale).masked_fill_(dropped, 0.0)
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), scale, dtype=torch.float32, device=x.device)
+    return _Drop.apply(x, dropped, scale)  # pyright: ignore[reportReturnType]
 
 
 def expected_scale(drop_prob: Tensor | float) -> Tensor | float:
@@ -113,3 +117,19 @@ def kept_ratio(dropped: Tensor) -> Tensor:
     """
     kept = dropped.numel() - dropped.count_nonzero()
     return torch.where(kept > 0, dropped.numel() / kept, 1.0)
+
+
+class _Drop(torch.autograd.Function):
+    """The product with a fixed factor is its own adjoint, so backward applies the function again."""
+
+    @staticmethod
+    def forward(x: Tensor, dropped: Tensor, scale: Tensor) -> Tensor:
+        return x * torch.where(dropped, 0.0, scale).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Drop.apply(grads[0], *ctx.saved_tensors), None, None

@@ -13,9 +13,18 @@ def test_backward_keeps_only_the_mask_and_a_scalar():
     assert sum(saved) == dropped.nbytes + 4
 
 
-def test_features_that_are_not_finite_can_be_dropped():
-    x = torch.tensor([torch.inf, torch.nan, 1.0])
-    assert torch.equal(drop(x, torch.tensor([True, True, False]), 2.0), torch.tensor([0.0, 0.0, 2.0]))
+def test_first_and_second_derivatives_are_exact():
+    x, dropped = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.rand(3, 1) < 0.5
+    assert torch.autograd.gradcheck(lambda x: drop(x**3, dropped, 1.5), x)
+    assert torch.autograd.gradgradcheck(lambda x: drop(x**3, dropped, 1.5), x)
+
+
+@pytest.mark.parametrize("scale", [1.25, torch.inf])
+def test_a_scale_given_as_tensor_equals_the_number_and_spares_what_is_dropped(scale):
+    x, dropped = torch.ones(3), torch.tensor([True, False, True])
+    out = drop(x, dropped, scale)
+    assert torch.equal(out, torch.tensor([0.0, scale, 0.0]))
+    assert torch.equal(drop(x, dropped, torch.tensor(scale)), out)
 
 
 @pytest.mark.parametrize(("dropped", "ratio"), [(0, 1.0), (1, 4 / 3), (3, 4.0), (4, 1.0)])
