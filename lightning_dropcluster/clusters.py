@@ -186,7 +186,7 @@ def smallest_table(table: Tensor) -> Tensor:
     """Store a label table in the smallest integer type that fits.
 
     Args:
-        table: integers >= 0.
+        table: integers >= 0, of any shape.
 
     Returns:
         The same labels, contiguous, as uint8, int16 or int32.

@@ -239,7 +239,17 @@ def nearest_names(pattern: str, names: Iterable[str], count: int = 5) -> list[st
 
 
 def compile_pattern(pattern: str) -> Callable[[str, nn.Module], bool]:
-    """Turn a glob, or a regular expression after ``re:``, into a predicate on (name, module)."""
+    """Turn a glob, or a regular expression after ``re:``, into a predicate.
+
+    Args:
+        pattern: see `select_layers`.
+
+    Returns:
+        What tells of a name and its module whether the pattern matches.
+
+    Raises:
+        ValueError: where the pattern is empty or does not compile.
+    """
     if not pattern.removeprefix("re:").strip():
         raise ValueError(f"layers={pattern!r}: a pattern must not be empty")
     is_regex = pattern.startswith("re:")

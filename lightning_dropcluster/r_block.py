@@ -44,7 +44,7 @@ class RBlock:
 
         Args:
             inputs: (N, ...), what ``forward`` takes.
-            targets: what the task loss takes beside the logits.
+            targets: what the task loss takes beside the logits, (N, ...).
             weight: of the halves' disagreement, at least 0.
             task_loss: (logits, targets) -> 0-d loss.
 

@@ -44,6 +44,10 @@ class LayerCallback(_Base):
         layers: which layers, see `select_layers`.
         layer_types: the module types that patterns may pick; conv layers where it is ``None``.
         progress: from the trainer's counters to the part of drop_prob in use.
+
+    Raises:
+        TypeError: where a pattern or a layer type is none.
+        ValueError: where a pattern is empty or does not compile.
     """
 
     log_name: ClassVar[str]

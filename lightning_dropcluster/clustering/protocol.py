@@ -41,7 +41,7 @@ def settle(
     """Check a clusterer's labels and bring them into the form that the rest relies on.
 
     Args:
-        labels: what ``fit`` returned for ``profiles``.
+        labels: what ``fit`` returned for ``profiles``; must be (B, F).
         profiles: (B, F, D).
         num_clusters: what ``fit`` was asked for.
         grid: as in `Clusterer.fit`.

@@ -18,7 +18,7 @@ def advanced_dropout(x: Tensor, mean: Tensor, deviation: Tensor, *, draw: Draw =
     https://github.com/PRIS-CV/AdvancedDropout, which has 3.14 for pi.
 
     Args:
-        x: activation, floating point.
+        x: activation of any shape, floating point.
         mean: m, 0-d.
         deviation: d, 0-d, above 0.
         draw: where the uniform numbers come from, which the inverse of the normal distribution turns to e.

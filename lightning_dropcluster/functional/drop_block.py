@@ -82,7 +82,7 @@ def seed_prob(spatial: Sequence[int], drop_prob: Tensor | float, block_size: int
 
     Args:
         spatial: size of the map.
-        drop_prob: in [0, 1), a number or a tensor.
+        drop_prob: in [0, 1), a number or a tensor of any shape.
         block_size: side of a block, cut to that of the map.
 
     Returns:

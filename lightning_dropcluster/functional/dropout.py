@@ -14,7 +14,7 @@ def dropout(x: Tensor, drop_prob: Tensor | float, *, draw: Draw = draw_uniform) 
     Source: Dropout, https://jmlr.org/papers/v15/srivastava14a.html.
 
     Args:
-        x: activation, floating point.
+        x: activation of any shape, floating point.
         drop_prob: in [0, 1), a number or a 0-d tensor.
         draw: where the uniform numbers come from.
 

@@ -70,7 +70,7 @@ def drop(x: Tensor, dropped: Tensor, scale: Tensor | float) -> Tensor:
     Backward saves the mask and the scale, never a product of the activation's size; second derivatives work.
 
     Args:
-        x: activation, floating point.
+        x: activation of any shape, floating point.
         dropped: bool, of a shape that broadcasts to that of ``x``.
         scale: factor for what is kept, a number or a 0-d tensor; it is rounded to the type of ``x``.
 
@@ -90,7 +90,7 @@ def expected_scale(drop_prob: Tensor | float) -> Tensor | float:
     """Return 1 / (1 - drop_prob), which keeps the mean where each feature is dropped with that probability.
 
     Args:
-        drop_prob: in [0, 1).
+        drop_prob: in [0, 1), a number or a tensor of any shape.
 
     Returns:
         The factor; for a tensor in float32, since a coarser type would bias the mean.
@@ -106,7 +106,7 @@ def kept_ratio(dropped: Tensor) -> Tensor:
     """Return (number of features) / (number kept) over the batch.
 
     Args:
-        dropped: bool.
+        dropped: bool, of any shape.
 
     Returns:
         The ratio, 0-d float32; exactly 1 where nothing is dropped, and 1 where nothing is kept.

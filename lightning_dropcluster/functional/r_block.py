@@ -28,7 +28,7 @@ def r_block_loss(
     Args:
         first: logits (N, K, ...) of one pass.
         second: logits of the other, of the same shape.
-        targets: what the task loss takes beside the logits.
+        targets: what the task loss takes beside the logits, (N, ...).
         weight: of the disagreement, at least 0.
         task_loss: (logits, targets) -> 0-d loss.
 
@@ -85,7 +85,7 @@ def draw_keep_pair(
 
     Args:
         shape: (samples, maps, clusters).
-        drop_prob: probability in [0, 1) that a cluster is dropped, in each table.
+        drop_prob: probability in [0, 1) that a cluster is dropped, in each table; a number or a 0-d tensor.
         device: where to draw.
         shift: see `draw_uniform`.
 

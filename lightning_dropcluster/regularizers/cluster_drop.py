@@ -93,7 +93,7 @@ class ClusterDrop(nn.Module):
         """Whether `set_labels` would take these labels.
 
         Args:
-            labels: integers >= 0.
+            labels: integers >= 0, (C or 1, *spatial).
 
         Returns:
             True where shape and range fit.

@@ -15,6 +15,10 @@ class CorrDrop(DropRegularizer):
         block_size: side of a tile, at least 1.
         paired: see `Regularizer`.
 
+    Raises:
+        TypeError: where an argument has a wrong type.
+        ValueError: where it is out of its range.
+
     Example:
         >>> CorrDrop(0.1, block_size=5)
         CorrDrop(drop_prob=0.1, block_size=5)

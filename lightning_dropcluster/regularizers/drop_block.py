@@ -16,6 +16,10 @@ class DropBlock(DropRegularizer):
         per_map: True draws for each feature map, False once for all feature maps of a sample.
         paired: see `Regularizer`; blocks of a pair never begin at the same feature, but may overlap.
 
+    Raises:
+        TypeError: where an argument has a wrong type.
+        ValueError: where it is out of its range.
+
     Example:
         >>> DropBlock(0.1, block_size=5)
         DropBlock(drop_prob=0.1, block_size=5, per_map=True)

@@ -110,7 +110,7 @@ def cluster_count(image: Tensor) -> str:
     """Say how many clusters a map has.
 
     Args:
-        image: labels.
+        image: labels (H, W).
 
     Returns:
         Such as ``"4 clusters"``.
@@ -124,7 +124,7 @@ def agreement(labels: Tensor, previous: Tensor, scope: str = "map") -> float:
 
     Args:
         labels: (C, *spatial).
-        previous: the same layer's labels at another time.
+        previous: the same layer's labels at another time, (C, *spatial).
         scope: what was grouped, a name of `SCOPES`.
 
     Returns:
