@@ -12,6 +12,8 @@ from torch import nn
 from lightning_dropcluster import REGULARIZERS, DropCluster, StructuredDropout
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans
 
+WITH_BLOCKS = ("drop_block", "prob_drop_block", "corr_drop")
+
 
 def build_callback(settings: Settings, model: nn.Module) -> pl.Callback | None:
     """Make the callback that the settings describe, by default on the model's first convolution."""
@@ -26,7 +28,7 @@ def build_callback(settings: Settings, model: nn.Module) -> pl.Callback | None:
     }
     if settings.regularizer == "dropcluster":
         return DropCluster(layers, settings.drop_prob, **common, **_cluster_options(settings))
-    size = {"block_size": settings.block_size} if settings.regularizer == "drop_block" else {}
+    size = {"block_size": settings.block_size} if settings.regularizer in WITH_BLOCKS else {}
     return StructuredDropout(layers, REGULARIZERS[settings.regularizer](settings.drop_prob, **size), **common)
 
 

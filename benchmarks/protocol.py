@@ -84,8 +84,13 @@ class Run:
 
 
 def key(listed: dict[str, Any]) -> str:
-    """Spell the settings in a record that matter in one way."""
-    return json.dumps({k: v for k, v in listed.items() if k not in NO_MATTER}, sort_keys=True)
+    """Spell the settings in a record that matter, but for those left as they were.
+
+    A record stays good when a setting is added whose default does what was done before.
+    """
+    usual = arguments(Settings())
+    unusual = {k: v for k, v in listed.items() if k not in NO_MATTER and not (k in usual and usual[k] == v)}
+    return json.dumps(unusual, sort_keys=True)
 
 
 def tuning_runs(stage: Stage) -> list[Run]:

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from data import DataName
 
-RegularizerName = Literal["none", "dropcluster", "dropout", "spatial_dropout", "drop_block"]
+RegularizerName = Literal[
+    "none", "dropcluster", "dropout", "spatial_dropout", "drop_block", "prob_drop_block", "corr_drop"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class Settings:
         drop_prob: drop probability at the end of training, in [0, 1).
         start: fraction of training (0.25) or epoch (40) from which something is dropped.
         schedule: how the drop probability grows from there to the end.
-        block_size: side of the blocks of "drop_block".
+        block_size: side of the blocks of "drop_block", "prob_drop_block" and "corr_drop".
         clusters: of "dropcluster": "learned"; or as controls "shuffled", sizes as learned but members drawn
             at random, and "blocks", fixed squares.
         cluster_size: mean number of features per cluster.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from protocol import Method, Stage
 from settings import Settings
 
-StageName = Literal["quick", "stem-2000", "stem-5000", "act-2000"]
+StageName = Literal["quick", "stem-2000", "stem-5000", "act-2000", "ablation-2000", "rest-2000"]
 
 QUICK = Stage(
     base=Settings(
@@ -90,9 +90,40 @@ ACT_2000 = replace(
 )
 """Drops after norm and activation of the stem, where features are what the next layer sees."""
 
+ABLATION_2000 = replace(
+    STEM_2000,
+    methods=(
+        *FIRST_METHODS[:2],
+        Method(
+            "DropCluster, learned once",
+            {"regularizer": "dropcluster", "every_n_epochs": 0},
+            like="DropCluster",
+        ),
+        Method("square blocks", {"regularizer": "dropcluster", "clusters": "blocks"}, like="DropCluster"),
+        Method("SpatialDropout", {"regularizer": "spatial_dropout"}, FIRST_METHODS[3].grid),
+    ),
+    rounds=(
+        (range(3), LEARNED_AND_SHUFFLED),
+        (range(3), ("DropCluster, learned once", "square blocks", "SpatialDropout")),
+    ),
+)
+"""What learning the clusters, updating them, and their shape add."""
+
+REST_2000 = replace(
+    STEM_2000,
+    methods=(
+        FIRST_METHODS[0],
+        Method("ProbDropBlock", {"regularizer": "prob_drop_block"}, _grid("block_size", 3, 7)),
+        Method("CorrDrop", {"regularizer": "corr_drop"}, _grid("block_size", 3, 7)),
+    ),
+    rounds=((range(3), ("DropCluster", "ProbDropBlock", "CorrDrop")),),
+)
+
 STAGES: dict[str, Stage] = {
     "quick": QUICK,
     "stem-2000": STEM_2000,
     "stem-5000": STEM_5000,
     "act-2000": ACT_2000,
+    "ablation-2000": ABLATION_2000,
+    "rest-2000": REST_2000,
 }

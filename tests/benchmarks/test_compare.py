@@ -87,6 +87,15 @@ def test_runs_are_told_apart_by_what_matters():
     assert remaining([same, other, other], [fake_record(run)]) == [other]
 
 
+def test_a_record_outlives_a_new_setting():
+    run = final_runs(STAGE, TUNED)[0]
+    record = fake_record(run)
+    del record["arguments"]["any_layer"]  # as if written before there was one
+    assert remaining([run], [record]) == []
+    record["arguments"]["gone"] = 3
+    assert remaining([run], [record]) == [run]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
