@@ -15,8 +15,19 @@ from lightning_dropcluster.clustering import Clusterer, FaissKMeans
 WITH_BLOCKS = ("drop_block", "prob_drop_block", "corr_drop")
 
 
-def build_callback(settings: Settings, model: nn.Module) -> pl.Callback | None:
-    """Make the callback that the settings describe, by default on the model's first convolution."""
+def build_callback(
+    settings: Settings, model: nn.Module, clusterer: Clusterer | None = None
+) -> pl.Callback | None:
+    """Make the callback that the settings describe.
+
+    Args:
+        settings: of the run.
+        model: whose first convolution is taken where the settings name no layers.
+        clusterer: for "dropcluster", in place of the one that the settings name.
+
+    Returns:
+        The callback, or None for "none".
+    """
     if settings.regularizer == "none":
         return None
     first = next((name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), "**")
@@ -27,18 +38,18 @@ def build_callback(settings: Settings, model: nn.Module) -> pl.Callback | None:
         "layer_types": nn.Module if settings.any_layer else None,
     }
     if settings.regularizer == "dropcluster":
-        return DropCluster(layers, settings.drop_prob, **common, **_cluster_options(settings))
+        return DropCluster(layers, settings.drop_prob, **common, **_cluster_options(settings, clusterer))
     size = {"block_size": settings.block_size} if settings.regularizer in WITH_BLOCKS else {}
     return StructuredDropout(layers, REGULARIZERS[settings.regularizer](settings.drop_prob, **size), **common)
 
 
-def _cluster_options(settings: Settings) -> dict[str, Any]:
+def _cluster_options(settings: Settings, clusterer: Clusterer | None) -> dict[str, Any]:
     return {
         "cluster_size": settings.cluster_size,
         "scope": settings.scope,
         "every_n_epochs": settings.every_n_epochs,
         "num_samples": settings.num_samples,
-        "clusterer": _clusterer(settings),
+        "clusterer": clusterer or _clusterer(settings),
         "seed": settings.seed,
     }
 

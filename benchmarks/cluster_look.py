@@ -1,0 +1,210 @@
+"""What the learned clusters look like over training: how stable, how compact, and what they explain."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from clusterers import Blocks, Shuffled
+from methods import build_callback
+from record import parse, provenance, quiet, write_line
+from scipy import ndimage
+from settings import Settings, arguments
+from stages import STAGES, StageName
+from torch import Tensor
+from train import build_batches, build_classifier, build_trainer
+
+from lightning_dropcluster import Clusterer, FaissKMeans
+from lightning_dropcluster.clustering.agreement import adjusted_rand_index
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAPS = 16
+"""Feature maps, evenly spaced, that are looked at."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a look lets you choose.
+
+    Args:
+        stage: whose network and training to use.
+        data_dir: see `train.py`.
+        drop_prob: drop probability at the end of training, in [0, 1).
+        cluster_size: mean number of features per cluster.
+        every_n_epochs: epochs between two clusterings.
+        seed: of the run.
+        out: file to which the record is appended.
+        plot: PNG file for the picture.
+    """
+
+    stage: StageName = "quick"
+    data_dir: str | None = None
+    drop_prob: float = 0.3
+    cluster_size: int | float | None = 16
+    every_n_epochs: int = 1
+    seed: int = 0
+    out: str | None = None
+    plot: str | None = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """One kind of clusters at one time.
+
+    Args:
+        kind: "learned", "shuffled" or "blocks".
+        correlation: share of the squared length of profiles that is left when each is replaced by the mean
+            of its cluster: the mean correlation of a feature with its cluster, itself included.
+        spread: root mean square distance of features from the middle of their cluster, in pixels.
+        connected: share of clusters that are in one piece.
+        agreement: adjusted Rand index with the clusters of the time before; None at the first.
+    """
+
+    kind: str
+    correlation: float
+    spread: float
+    connected: float
+    agreement: float | None
+
+
+class Recording:
+    """A clusterer that looks at what another one finds, beside shuffled clusters and blocks."""
+
+    def __init__(self, clusterer: Clusterer) -> None:
+        self.clusterer = clusterer
+        self.looks: list[list[Look]] = []
+        self._shape: torch.Size | None = None
+        self._last: dict[str, Tensor] = {}
+
+    def fit(
+        self,
+        profiles: Tensor,
+        num_clusters: int,
+        init_labels: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Cluster with the other clusterer; see `Clusterer.fit`."""
+        labels = self.clusterer.fit(profiles, num_clusters, init_labels, grid)
+        if labels.shape != self._shape:  # the callback's trial before training is forgotten
+            self._shape, self._last, self.looks = labels.shape, {}, []
+        if grid is not None:
+            self.looks.append(self._look(profiles, labels, num_clusters, grid))
+        return labels
+
+    def _look(self, profiles: Tensor, labels: Tensor, num_clusters: int, grid: tuple[int, ...]) -> list[Look]:
+        some = torch.linspace(0, len(labels) - 1, min(MAPS, len(labels))).round().long()
+        now = {
+            "learned": labels[some],
+            "shuffled": Shuffled(_Found(labels)).fit(profiles, num_clusters)[some],
+            "blocks": Blocks().fit(profiles, num_clusters, grid=grid)[some],
+        }
+        last, self._last = self._last, now
+        return [look(kind, profiles[some], found, grid, last.get(kind)) for kind, found in now.items()]
+
+
+class _Found:
+    def __init__(self, labels: Tensor) -> None:
+        self.labels = labels
+
+    def fit(self, *_: Any, **__: Any) -> Tensor:
+        return self.labels
+
+
+def look(kind: str, profiles: Tensor, labels: Tensor, grid: tuple[int, ...], last: Tensor | None) -> Look:
+    """Describe clusters.
+
+    Args:
+        kind: what to call them.
+        profiles: (B, F, D), of unit length but for dead features.
+        labels: (B, F).
+        grid: two sides.
+        last: labels (B, F) of the time before.
+
+    Returns:
+        The means over problems.
+    """
+    positions = torch.from_numpy(np.indices(grid).reshape(2, -1).T.copy()).float().expand(len(labels), -1, -1)
+    return Look(
+        kind,
+        float(_cluster_means(profiles, labels).square().sum() / profiles.square().sum()),
+        float((positions - _cluster_means(positions, labels)).square().sum(2).mean().sqrt()),
+        float(np.mean([_share_connected(row.reshape(grid).numpy()) for row in labels])),
+        None if last is None else adjusted_rand_index(labels, last),
+    )
+
+
+def _cluster_means(points: Tensor, labels: Tensor) -> Tensor:
+    """Replace each point (B, F, D) by the mean of its cluster."""
+    index = labels.long()[:, :, None].expand_as(points)
+    shape = (len(points), int(labels.max()) + 1, points.shape[2])
+    means = torch.zeros(shape).scatter_reduce(1, index, points, "mean", include_self=False)
+    return means.gather(1, index)
+
+
+def _share_connected(labels: np.ndarray) -> float:
+    pieces: list[Any] = [ndimage.label(labels == cluster) for cluster in np.unique(labels)]
+    return float(np.mean([count == 1 for _, count in pieces]))
+
+
+def main(options: Options) -> None:
+    """Train once, and print one record a clustering and kind."""
+    settings = stage_settings(options)
+    recording = Recording(FaissKMeans(seed=settings.seed))
+    with quiet():
+        pl.seed_everything(settings.seed, workers=True, verbose=False)
+        batches = build_batches(settings)
+        classifier = build_classifier(settings, len(batches.data.classes))
+        callback = build_callback(settings, classifier.model, recording)
+        build_trainer(settings, callback).fit(classifier, datamodule=batches)
+    looks = [[asdict(each) for each in looks] for looks in recording.looks]
+    write_line({"looks": looks, **provenance(), "arguments": arguments(settings)}, options.out)
+    if options.plot is not None:
+        Path(options.plot).parent.mkdir(parents=True, exist_ok=True)
+        draw(recording.looks).savefig(options.plot)
+
+
+def stage_settings(options: Options) -> Settings:
+    """Take a stage's settings, with DropCluster as the options say."""
+    return replace(
+        STAGES[options.stage].base,
+        regularizer="dropcluster",
+        data_dir=options.data_dir,
+        drop_prob=options.drop_prob,
+        cluster_size=options.cluster_size,
+        every_n_epochs=options.every_n_epochs,
+        corrupted_samples=0,
+        seed=options.seed,
+        progress_bar=False,
+    )
+
+
+def draw(looks: list[list[Look]]) -> Figure:
+    """Draw each measure over the clusterings, a line for each kind of clusters."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    titles = {
+        "correlation": "correlation within clusters",
+        "spread": "spread in pixels",
+        "connected": "share in one piece",
+        "agreement": "agreement with the last",
+    }
+    for axis, (name, title) in zip(figure.subplots(1, 4), titles.items(), strict=True):
+        for kinds in zip(*looks, strict=True):
+            axis.plot([getattr(each, name) for each in kinds], "o-", label=kinds[0].kind)
+        axis.set(title=title, xlabel="clustering", ylim=(0, None))
+    figure.axes[0].legend()
+    return figure
+
+
+if __name__ == "__main__":
+    main(parse(Options, __doc__))
