@@ -87,8 +87,9 @@ def load(
         test = read_split(files, "train", validate) if validate else read_split(files, "test")
         return ImageData(Split(*train), Split(*test), class_names(files), mirror=True)
     whole = {"digits": _digits, "cifar10": _downloaded_cifar10, "fake": _fake}[data]()
+    train = Split(*whole.train[choose(whole.train.labels)])
     test = Split(*whole.train[validate(whole.train.labels)]) if validate else whole.test
-    return replace(whole, train=Split(*whole.train[choose(whole.train.labels)]), test=test)
+    return replace(whole, train=train, test=test)
 
 
 def training_subset(labels: Tensor, count: int | None, left_out: int | None, seed: int) -> Tensor:

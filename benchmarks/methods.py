@@ -12,6 +12,7 @@ from torch import nn
 from lightning_dropcluster import REGULARIZERS, DropCluster, StructuredDropout
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans
 
+UNHOOKED = ("none", "drop_path")
 WITH_BLOCKS = ("drop_block", "prob_drop_block", "corr_drop")
 
 
@@ -26,9 +27,9 @@ def build_callback(
         clusterer: for "dropcluster", in place of the one that the settings name.
 
     Returns:
-        The callback, or None for "none".
+        The callback, or None where nothing is hooked.
     """
-    if settings.regularizer == "none":
+    if settings.regularizer in UNHOOKED:
         return None
     first = next((name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), "**")
     layers = f"model.{first}" if settings.layers is None else settings.layers
@@ -39,8 +40,13 @@ def build_callback(
     }
     if settings.regularizer == "dropcluster":
         return DropCluster(layers, settings.drop_prob, **common, **_cluster_options(settings, clusterer))
-    size = {"block_size": settings.block_size} if settings.regularizer in WITH_BLOCKS else {}
-    return StructuredDropout(layers, REGULARIZERS[settings.regularizer](settings.drop_prob, **size), **common)
+    if settings.regularizer == "advanced_dropout":  # learns what others are told, and is made layer by layer
+        return StructuredDropout(layers, settings.regularizer, **{**common, "schedule": None})
+    options: dict[str, Any] = {"paired": settings.pair_weight > 0}
+    if settings.regularizer in WITH_BLOCKS:
+        options["block_size"] = settings.block_size
+    regularizer = REGULARIZERS[settings.regularizer](settings.drop_prob, **options)
+    return StructuredDropout(layers, regularizer, **common)
 
 
 def _cluster_options(settings: Settings, clusterer: Clusterer | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ SMALL_RESNET: tuple[str, dict[str, Any]] = (
 )
 
 
-def build_model(name: str, stem: str, num_classes: int) -> nn.Module:
+def build_model(name: str, stem: str, num_classes: int, *, drop_path: float = 0.0) -> nn.Module:
     """Create a model with random weights, on request with the small-image stem of ResNets.
 
     Args:
@@ -22,6 +22,7 @@ def build_model(name: str, stem: str, num_classes: int) -> nn.Module:
             256 channels, after ResNet's stem of 64.
         stem: "timm" keeps the stem; "cifar" gives a ResNet a 3x3 convolution of stride 1 without pooling.
         num_classes: outputs.
+        drop_path: probability in [0, 1) that timm drops the last residual branch; less before it.
 
     Returns:
         The model.
@@ -33,7 +34,8 @@ def build_model(name: str, stem: str, num_classes: int) -> nn.Module:
     if not timm.is_model(timm_name):
         near = get_close_matches(name, ["small_resnet", *timm.list_models()], n=3)
         raise ValueError(f"model must be a name that timm knows, got {name!r}; nearest: {', '.join(near)}")
-    model = timm.create_model(timm_name, pretrained=False, num_classes=num_classes, **shape)
+    options = {**shape, "drop_path_rate": drop_path} if drop_path else shape
+    model = timm.create_model(timm_name, pretrained=False, num_classes=num_classes, **options)
     if stem == "cifar":
         _replace_stem(model, name)
     return model

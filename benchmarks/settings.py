@@ -10,7 +10,15 @@ from typing import Any, Literal
 from data import DataName
 
 RegularizerName = Literal[
-    "none", "dropcluster", "dropout", "spatial_dropout", "drop_block", "prob_drop_block", "corr_drop"
+    "none",
+    "dropcluster",
+    "dropout",
+    "spatial_dropout",
+    "drop_block",
+    "prob_drop_block",
+    "corr_drop",
+    "advanced_dropout",
+    "drop_path",
 ]
 
 
@@ -30,14 +38,17 @@ class Settings:
         corrupted_samples: how many of the scored images, class-balanced and the same for every seed, are
             scored once more under each corruption.
         augment: shift training images and mirror them where that keeps their class.
-        regularizer: "none", "dropcluster", or the name of another of the package's regularisers, which is
-            attached by StructuredDropout; the options from `layers` to `schedule` are for all of them.
+        regularizer: "none", "dropcluster", the name of another of the package's regularisers, which is
+            attached by StructuredDropout, or "drop_path", timm's own, at a constant rate in all blocks; the
+            options from `layers` to `schedule` are for all but the last.
         layers: pattern or list of patterns of layer names; the first convolution by default.
         any_layer: let `layers` name modules of any type, such as activations, not convolutions only.
         drop_prob: drop probability at the end of training, in [0, 1).
         start: fraction of training (0.25) or epoch (40) from which something is dropped.
         schedule: how the drop probability grows from there to the end.
         block_size: side of the blocks of "drop_block", "prob_drop_block" and "corr_drop".
+        pair_weight: above 0, train by R-Block: on each batch and a copy of it from which other features are
+            dropped, with this weight of their disagreement.
         clusters: of "dropcluster": "learned"; or as controls "shuffled", sizes as learned but members drawn
             at random, and "blocks", fixed squares.
         cluster_size: mean number of features per cluster.
@@ -71,6 +82,7 @@ class Settings:
     start: int | float = 0.25
     schedule: Literal["linear", "constant", "cosine"] = "linear"
     block_size: int = 7
+    pair_weight: float = 0.0
     clusters: Literal["learned", "shuffled", "blocks"] = "learned"
     cluster_size: int | float | None = None
     scope: Literal["map", "position", "layer", "channel"] = "map"
@@ -92,6 +104,8 @@ class Settings:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be above 0, got {self.lr}")
+        if not 0 <= self.pair_weight < math.inf:
+            raise ValueError(f"pair_weight must be at least 0, got {self.pair_weight}")
         if self.corrupted_samples < 0:
             raise ValueError(f"corrupted_samples must be at least 0, got {self.corrupted_samples}")
         if self.plot is not None and self.regularizer != "dropcluster":

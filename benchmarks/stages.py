@@ -115,9 +115,20 @@ REST_2000 = replace(
         FIRST_METHODS[0],
         Method("ProbDropBlock", {"regularizer": "prob_drop_block"}, _grid("block_size", 3, 7)),
         Method("CorrDrop", {"regularizer": "corr_drop"}, _grid("block_size", 3, 7)),
+        Method("R-Block", {"regularizer": "drop_block", "pair_weight": 1.0}, _grid("block_size", 3, 7)),
+        Method(
+            "DropPath", {"regularizer": "drop_path"}, tuple({"drop_prob": p} for p in (0.05, 0.1, 0.2, 0.4))
+        ),
+        Method("Advanced Dropout", {"regularizer": "advanced_dropout"}),
     ),
-    rounds=((range(3), ("DropCluster", "ProbDropBlock", "CorrDrop")),),
+    rounds=(
+        (
+            range(3),
+            ("DropCluster", "ProbDropBlock", "CorrDrop", "R-Block", "DropPath", "Advanced Dropout"),
+        ),
+    ),
 )
+"""The other peers. Advanced Dropout learns its parameters, at the learning rate of the network."""
 
 STAGES: dict[str, Stage] = {
     "quick": QUICK,

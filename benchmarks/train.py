@@ -21,28 +21,36 @@ from settings import Settings, arguments
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from lightning_dropcluster import DropCluster
+from lightning_dropcluster import DropCluster, RBlock
 from lightning_dropcluster.visualization import plot_clusters
 
 
-class Classifier(pl.LightningModule):
-    """Cross entropy, SGD with Nesterov momentum, one learning-rate cycle; and scores."""
+class Classifier(RBlock, pl.LightningModule):
+    """Cross entropy or R-Block's loss, SGD with Nesterov momentum, one learning-rate cycle; and scores."""
 
-    def __init__(self, model: nn.Module, num_classes: int, lr: float, weight_decay: float) -> None:
+    def __init__(
+        self, model: nn.Module, num_classes: int, lr: float, weight_decay: float, pair_weight: float = 0.0
+    ) -> None:
         super().__init__()
-        self.model, self.lr, self.weight_decay = model, lr, weight_decay
+        self.model, self.lr, self.weight_decay, self.pair_weight = model, lr, weight_decay, pair_weight
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.ece = MulticlassCalibrationError(num_classes, n_bins=15, norm="l1")
 
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        loss = F.cross_entropy(self.model(images), labels)
+        if self.pair_weight > 0:
+            loss = self.r_block_loss(images, labels, weight=self.pair_weight)
+        else:
+            loss = F.cross_entropy(self(images), labels)
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
-        logits = self.model(images)
+        logits = self(images)
         for metric in (self.accuracy, self.ece):
             metric.update(logits.softmax(1), labels)
         self.log_dict({"accuracy": self.accuracy, "ece": self.ece}, on_epoch=True)
@@ -115,10 +123,11 @@ def build_batches(settings: Settings) -> ImageDataModule:
 
 def build_classifier(settings: Settings, num_classes: int) -> Classifier:
     """Create the model that the settings describe, ready to be trained."""
-    model = build_model(settings.model, settings.stem, num_classes)
+    drop_path = settings.drop_prob if settings.regularizer == "drop_path" else 0.0
+    model = build_model(settings.model, settings.stem, num_classes, drop_path=drop_path)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return Classifier(model, num_classes, settings.lr, settings.weight_decay)
+    return Classifier(model, num_classes, settings.lr, settings.weight_decay, settings.pair_weight)
 
 
 def build_trainer(settings: Settings, callback: pl.Callback | None) -> pl.Trainer:

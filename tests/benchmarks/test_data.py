@@ -4,7 +4,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from data import ImageDataModule, balanced_subset, channel_moments, jitter, load
+from data import (
+    ImageDataModule,
+    balanced_subset,
+    channel_moments,
+    jitter,
+    load,
+    training_subset,
+    validation_subset,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -41,6 +49,39 @@ def test_subsets_are_balanced_repeatable_and_nested(classes, seed, share):
 def test_another_seed_chooses_other_samples():
     labels = torch.arange(100) % 10
     assert not torch.equal(balanced_subset(labels, 30, 0), balanced_subset(labels, 30, 1))
+
+
+@given(st.integers(0, 9), st.integers(1, 49), st.integers(1, 50))
+def test_validation_images_are_balanced_and_not_trained_on(seed, train, count):
+    labels = torch.arange(100) % 4
+    trained = training_subset(labels, train, count, seed)
+    validated = validation_subset(labels, train, count, seed)
+    assert torch.equal(trained, balanced_subset(labels, train, seed))
+    assert len(validated) == count
+    assert not set(trained.tolist()) & set(validated.tolist())
+    taken = labels[torch.cat([trained, validated])].bincount(minlength=4)
+    assert taken.max() - taken.min() <= 1
+
+
+def test_all_but_the_validation_images_are_trained_on():
+    labels = torch.arange(20) % 2
+    both = [training_subset(labels, None, 6, 0), validation_subset(labels, None, 6, 0)]
+    assert torch.cat(both).sort().values.tolist() == list(range(20))
+
+
+@pytest.mark.parametrize(("train", "count", "most"), [(70, 11, 10), (70, 0, 10), (None, 80, 79), (90, 1, 0)])
+def test_validation_needs_images_that_are_left(train, count, most):
+    with pytest.raises(ValueError, match=rf"validation_samples must be in 1 to {most} .*, got {count}"):
+        load("fake", train_samples=train, validation_samples=count)
+
+
+def test_validation_of_a_folder_reads_no_test_image(jpeg_tree):
+    for path in jpeg_tree.glob("test/*/*.jpg"):
+        path.write_bytes(b"")
+    data = load("cifar10", data_dir=str(jpeg_tree), train_samples=9, validation_samples=3)
+    assert data.test.labels.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        load("cifar10", data_dir=str(jpeg_tree), train_samples=9)
 
 
 def test_digits_are_split_alike_for_all_seeds():

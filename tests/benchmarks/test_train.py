@@ -3,12 +3,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
+from corruptions import CORRUPTIONS
 from demo import Demo
 from demo import main as demo_main
 from record import commit, device_name, parse, quiet, write_line
+from settings import RegularizerName
 from train import Settings, build_batches, build_model, run
 
 TRAIN = Path(__file__).resolve().parents[2] / "benchmarks" / "train.py"
@@ -75,6 +78,42 @@ def test_dropcluster_runs_and_is_drawn(tmp_path):
     assert record["arguments"]["plot"] == "clusters.png"
 
 
+@pytest.mark.parametrize("name", get_args(RegularizerName))
+def test_every_regularizer_trains(name):
+    plain = scores(run(TINY))
+    record = run(replace(DROP, regularizer=name, drop_prob=0.5, stem="timm"))
+    assert (scores(record) == plain) == (name == "none")
+
+
+def test_blocks_shuffled_clusters_and_pairs_train_otherwise():
+    changes = (
+        {},
+        {"clusters": "shuffled"},
+        {"clusters": "blocks"},
+        {"pair_weight": 1.0},
+        {"any_layer": True},
+    )
+    found = [tuple(scores(run(replace(DROP, drop_prob=0.5, **change)))) for change in changes]
+    assert len(set(found[:4])) == 4
+    assert found[4] == found[0]
+
+
+def test_validation_leaves_the_test_images_alone():
+    settings = replace(TINY, train_samples=40, validation_samples=30)
+    data = build_batches(settings).data
+    assert (len(data.train), len(data.test)) == (40, 30)
+    assert run(settings)["split"] == "validation"
+    assert run(TINY)["split"] == "test"
+
+
+def test_corrupted_images_are_scored_by_name_and_severity():
+    record = run(replace(TINY, corrupted_samples=10))
+    assert set(record["corrupted"]) == set(CORRUPTIONS)
+    assert {len(values) for each in record["corrupted"].values() for values in each.values()} == {5}
+    with pytest.raises(ValueError, match=r"corrupted_samples must be in 0 to 40 \(all images to .*, got 41"):
+        run(replace(TINY, corrupted_samples=41))
+
+
 def test_no_plot_without_clusters(tmp_path):
     plot = tmp_path / "clusters.png"
     with pytest.warns(UserWarning, match=r"training ended before num_samples=9999"):
@@ -115,6 +154,8 @@ def test_unfit_models():
         ({"epochs": 0}, r"epochs must be at least 1, got 0"),
         ({"lr": 0.0}, r"lr must be above 0, got 0\.0"),
         ({"lr": float("nan")}, r"lr must be above 0, got nan"),
+        ({"corrupted_samples": -1}, r"corrupted_samples must be at least 0, got -1"),
+        ({"pair_weight": -1.0}, r"pair_weight must be at least 0, got -1\.0"),
         ({"plot": "clusters.png"}, r"plot must be None unless regularizer is 'dropcluster'"),
     ],
 )
