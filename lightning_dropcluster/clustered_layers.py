@@ -16,6 +16,7 @@ from lightning_dropcluster.clusters import Clusters, check_channels, smallest_ta
 from lightning_dropcluster.functional import cluster_sizes
 from lightning_dropcluster.injection import Injection
 from lightning_dropcluster.layers import CONV_LAYERS, find_layers
+from lightning_dropcluster.memory import ProfileMemory
 from lightning_dropcluster.reclustering import Grouping, Reclustering, cluster_share
 from lightning_dropcluster.regularizers import ClusterDrop, Gathering
 from lightning_dropcluster.scopes import SCOPES, Scope, Shape
@@ -34,6 +35,7 @@ class ClusteredLayers:
         clusterer: who clusters.
         num_samples: samples per window, over all ranks.
         sketch_dim: columns of the sketches.
+        sketch_momentum: see `ProfileMemory`.
         seed: of the sketches' signs.
         overlap_steps: see `Reclustering`.
         per_sample: see `ClusterDrop`.
@@ -47,6 +49,7 @@ class ClusteredLayers:
         *,
         num_samples: int,
         sketch_dim: int,
+        sketch_momentum: float = 0.0,
         seed: int,
         overlap_steps: int,
         per_sample: bool,
@@ -55,6 +58,7 @@ class ClusteredLayers:
         self.grouping, self.clusterer = grouping, clusterer
         self.num_samples, self.sketch_dim, self.seed = num_samples, sketch_dim, seed
         self.overlap_steps, self.per_sample, self.rescale = overlap_steps, per_sample, rescale
+        self.memory = ProfileMemory(sketch_momentum)
         self.clusters: dict[str, Clusters] = {}
         self.seconds = 0.0
         self.windows_opened = 0
@@ -84,6 +88,7 @@ class ClusteredLayers:
             clusters: what to start from.
         """
         self.clusters, self.seconds, self.windows_opened = dict(clusters), 0.0, 0
+        self.memory.clear()
         self._warned.clear()
 
     def attach(self, root: nn.Module, modules: Mapping[str, nn.Module], device: torch.device) -> None:
@@ -234,8 +239,8 @@ class ClusteredLayers:
         """Return small tensors and plain scalars, equal on every rank.
 
         Returns:
-            The clusters and the layers' shapes, and for one process the open window and the labels still
-            awaited. With several ranks both start again on resume.
+            The clusters and the layers' shapes, and for one process the open window, the labels still
+            awaited and the memory. With several ranks these start again on resume.
         """
         alone = ranks.world_size() == 1
         awaited = self.reclustering.state_dict() if alone and self.reclustering is not None else None
@@ -246,6 +251,7 @@ class ClusteredLayers:
             "windows_opened": self.windows_opened,
             "window": (self.window.state_dict() if self.window is not None else {}) if gathers else None,
             "reclustering": awaited,
+            "memory": self.memory.state_dict() if alone else {},
         }
 
     def load_state_dict(self, clusters: Mapping[str, Clusters], state: Mapping[str, Any]) -> None:
@@ -266,6 +272,7 @@ class ClusteredLayers:
             self.window.load_state_dict(state["window"])
         if state["reclustering"] is not None:
             self.reclustering = Reclustering.from_state(state["reclustering"], self._device)
+        self.memory.load_state_dict(state["memory"])
 
     def _make_window(self, number: int) -> GatheringWindow:
         return GatheringWindow(
@@ -289,7 +296,7 @@ class ClusteredLayers:
         }
         self.reclustering = Reclustering(
             {name: sketch.shape for name, sketch in sketches.items()},
-            partial(cluster_share, sketches, tables, self.clusterer, self.grouping),
+            partial(cluster_share, sketches, tables, self.clusterer, self.grouping, self.memory),
             wait_steps=self.overlap_steps,
             in_background=self.overlap_steps > 0,
         )

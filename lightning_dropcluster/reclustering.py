@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_dropcluster import ranks
 from lightning_dropcluster.clustering.protocol import Clusterer, append_positions, settle
+from lightning_dropcluster.memory import ProfileMemory
 from lightning_dropcluster.scopes import SCOPES, Shape
 from lightning_dropcluster.sketch import Sketch
 
@@ -132,6 +133,7 @@ def cluster_share(
     old_tables: Mapping[str, Tensor],
     clusterer: Clusterer,
     grouping: Grouping,
+    memory: ProfileMemory | None = None,
 ) -> dict[str, Tensor]:
     """Cluster this rank's share of the problems, without any collective.
 
@@ -140,6 +142,7 @@ def cluster_share(
         old_tables: name to the label table in use, for a warm start, where there is one of the same shape.
         clusterer: who clusters.
         grouping: how many clusters.
+        memory: of the profiles of earlier windows, which this one is added to.
 
     Returns:
         Name to labels (B, F) int32; problems of other ranks are 0.
@@ -152,7 +155,11 @@ def cluster_share(
         if mine.stop > mine.start:
             old = old_tables[name].reshape(problems, items)[mine] if name in old_tables else None
             try:
-                shares[name][mine] = _cluster(sketch, mine, old, clusterer, grouping)
+                profiles = sketch.profiles()[mine]
+                if memory is not None:
+                    seen = int(sketch.count) * sketch.observations
+                    profiles = memory.blend(name, profiles, observations=seen, first=mine.start)
+                shares[name][mine] = _cluster(sketch, profiles, old, clusterer, grouping)
             except Exception as error:
                 error.add_note(f"while reclustering layer {name!r}")
                 raise
@@ -160,11 +167,11 @@ def cluster_share(
 
 
 def _cluster(
-    sketch: Sketch, block: slice, old: Tensor | None, clusterer: Clusterer, grouping: Grouping
+    sketch: Sketch, profiles: Tensor, old: Tensor | None, clusterer: Clusterer, grouping: Grouping
 ) -> Tensor:
     """Cluster a block of one layer's problems: settled labels (B, F) int32."""
     grid = sketch.scope.grid(sketch.shape)
-    profiles = points = sketch.profiles()[block]
+    points = profiles
     if grouping.position_weight > 0.0 and grid:
         points = append_positions(profiles, grid, grouping.position_weight)
     count = grouping.clusters_for(sketch.shape)

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_dropcluster.clusters import Clusters, check_shape, clusters_from_state
 from lightning_dropcluster.scopes import SCOPES, Scope
 
-_ENTRIES = ("scope", "progress", "clusters", "shapes", "windows_opened", "window", "reclustering")
+_ENTRIES = ("scope", "progress", "clusters", "shapes", "windows_opened", "window", "reclustering", "memory")
 _PROGRESS = ("origin", "passed", "start_fraction", "every", "counts_steps")
 
 
@@ -38,6 +38,7 @@ def read_state(state: Any, scope: str) -> dict[str, Clusters]:
         check_shape(shape, f"state_dict['shapes'][{name!r}]")
     _check_window(state["window"])
     _check_reclustering(state["reclustering"], SCOPES[scope])
+    _check_memory(state["memory"])
     return {
         str(name): clusters_from_state(entry, SCOPES[scope], str(name))
         for name, entry in state["clusters"].items()
@@ -103,6 +104,15 @@ def _check_reclustering(reclustering: Any, scope: Scope) -> None:
             raise ValueError(f"{what}: labels of layer {name!r} must be an int32 tensor of shape {size}")
         if int(labels.min()) < 0 or int(labels.max()) >= size[1]:
             raise ValueError(f"{what}: labels of layer {name!r} must be in [0, {size[1]})")
+
+
+def _check_memory(memory: Any) -> None:
+    what = "state_dict['memory']"
+    _require_mapping(what, memory)
+    for name, profiles in memory.items():
+        is_table = isinstance(profiles, Tensor) and profiles.dtype == torch.float32 and profiles.ndim == 3
+        if not is_table or not profiles.isfinite().all():
+            raise ValueError(f"{what}: profiles of layer {name!r} must be finite float32 numbers (B, F, D)")
 
 
 def _require_entries(what: str, value: Any, entries: tuple[str, ...]) -> None:

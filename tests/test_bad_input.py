@@ -65,6 +65,8 @@ ARGUMENTS = [
     ({"num_samples": 0}, ValueError, "num_samples=0", "in [1, 2147483647]"),
     ({"sketch_dim": 0}, ValueError, "sketch_dim=0", "in [1, 2147483647]"),
     ({"sketch_dim": 64.0}, TypeError, "sketch_dim=64.0", "an integer"),
+    ({"sketch_momentum": 1.0}, ValueError, "sketch_momentum=1.0", "a number in [0, 1)"),
+    ({"sketch_momentum": None}, TypeError, "sketch_momentum=None", "a number in [0, 1)"),
     ({"clusterer": NoFit()}, TypeError, "clusterer=NoFit()", "must have a method fit"),
     ({"per_sample": 1}, TypeError, "per_sample=1", "True or False"),
     ({"rescale": "sum"}, ValueError, "rescale='sum'", "one of batch, expected"),
@@ -266,6 +268,12 @@ def test_a_trainer_without_a_train_dataloader():
             "positive integers",
         ),
         (lambda s: s.update(window={"a": {}}), ValueError, "shape, moments, count missing"),
+        (
+            lambda s: s.update(memory={"a": torch.zeros(3)}),
+            ValueError,
+            "layer 'a' must be finite float32",
+        ),
+        (lambda s: s.update(memory=None), TypeError, r"state_dict\['memory'\]: must be a mapping"),
         (lambda s: s.update(reclustering={}), ValueError, "wait_steps, shapes, labels missing"),
     ],
 )

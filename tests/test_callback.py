@@ -241,7 +241,8 @@ def test_compiled_models_compile_three_times_and_never_break(loader, moment):
     assert counter.frame_count == 3
 
 
-def test_a_resumed_run_equals_one_that_was_never_interrupted(loader, tmp_path):
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_a_resumed_run_equals_one_that_was_never_interrupted(loader, tmp_path, momentum):
     paths = {}
 
     def save(trainer, module):
@@ -256,7 +257,7 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(loader, tmp_path):
             torch.set_rng_state(paths[step, "rng"])
 
     loader = ResumableLoader(loader)
-    options = {"num_samples": 20, "sketch_dim": 8}
+    options = {"num_samples": 20, "sketch_dim": 8, "sketch_momentum": momentum}
     whole, whole_callback = Classifier(), make_callback(**options)
     make_trainer(whole_callback, At(save)).fit(whole, loader)
     for step in [key for key in paths if isinstance(key, int)]:
@@ -428,8 +429,20 @@ def test_initial_labels_take_the_place_of_the_first_clustering(loader, tmp_path)
             Classifier(), loader
         )
         assert equal(callback.labels, donor.labels)
+        assert callback._layers.windows_opened == 0
         assert used[3] == 0.0
         assert used[5] > 0.0
+
+
+@pytest.mark.parametrize(("missing", "opened"), [(False, [0, 0, 1, 2]), (True, [0, 1, 2, 3])])
+def test_a_window_opens_at_the_start_only_where_a_layer_has_no_labels(loader, missing, opened):
+    donor = make_callback()
+    make_trainer(donor).fit(Classifier(), loader)
+    labels = dict(list(donor.labels.items())[missing:])
+    callback, seen = make_callback(initial_labels=labels), {}
+    look = At(lambda trainer, _: seen.update({trainer.current_epoch: callback._layers.windows_opened}))
+    make_trainer(callback, look).fit(Classifier(), loader)
+    assert list(seen.values()) == opened
 
 
 def test_inputs_of_changing_size(loader):

@@ -13,7 +13,7 @@ from lightning_dropcluster.sketch import Sketch
 from lightning_dropcluster.state import read_state
 
 LABELS = torch.arange(4).reshape(1, 2, 2).repeat(3, 1, 1)
-ENTRIES = ("scope", "progress", "clusters", "shapes", "windows_opened", "window", "reclustering")
+ENTRIES = ("scope", "progress", "clusters", "shapes", "windows_opened", "window", "reclustering", "memory")
 FAULTY_SHAPES = [None, 3, [], "322", [3, 0, 2], [3.0, 2, 2], [True, 2, 2]]
 MISSING = object()
 
@@ -36,6 +36,7 @@ def good_state() -> dict:
         "windows_opened": 4,
         "window": {"conv1": {"shape": list(sketch.shape), **sketch.state_dict()}},
         "reclustering": None,
+        "memory": {"conv1": torch.zeros(3, 4, 8)},
     }
 
 

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import LearningRateFinder, WeightAveraging
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 
-from lightning_dropcluster import DropBlock, DropCluster, SpatialDropout, StructuredDropout
+from lightning_dropcluster import REGULARIZERS, DropBlock, DropCluster, SpatialDropout, StructuredDropout
 
 LAYERS = "layer[12].*.conv2"
 NAMES = ["model.layer1.0.conv2", "model.layer2.0.conv2"]
@@ -87,6 +87,17 @@ def test_whatever_makes_a_module_serves(loader, source):
     shares = dropped_shares(loader, callback)
     assert shares[:8] == [0.0] * 8
     assert sum(shares[8:]) / 8 == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("name", sorted(REGULARIZERS.keys() - {"cluster_drop"}))
+def test_every_regulariser_by_name(loader, name):
+    callback, module, plain = StructuredDropout(LAYERS, name), Classifier(), Classifier()
+    make_trainer(callback, max_epochs=2).fit(module, loader)
+    make_trainer(max_epochs=2).fit(plain, loader)
+    assert [type(made) for made in callback.regularizers.values()] == [REGULARIZERS[name]] * 2
+    assert module.losses[-1] != plain.losses[-1]
+    callback.unregister(module)
+    assert module.state_dict().keys() == plain.state_dict().keys()
 
 
 def test_each_layer_has_a_module_of_its_own(loader):

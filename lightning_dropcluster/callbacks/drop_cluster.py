@@ -61,6 +61,9 @@ class DropCluster(LayerCallback):
         every_n_train_steps: recluster every that many optimiser steps instead.
         num_samples: samples gathered for each reclustering, over all ranks.
         sketch_dim: dimensions of the sketch; memory is features x sketch_dim.
+        sketch_momentum: above 0, below 1, clusters are made of earlier windows too: the share of the
+            correlations so far that stays when a window is added. Small windows then suffice, as in
+            ``every_n_train_steps=20, num_samples=128, sketch_momentum=0.5``.
         clusterer: any object with ``fit`` as in `Clusterer`; `FaissKMeans` where it is ``None``.
         per_sample: draw for each sample, or once for the whole batch.
         rescale: ``"batch"`` scales what is kept by (number of features) / (number kept) over the batch,
@@ -100,6 +103,7 @@ class DropCluster(LayerCallback):
         every_n_train_steps: int | None = None,
         num_samples: int = 1024,
         sketch_dim: int = 64,
+        sketch_momentum: float = 0.0,
         clusterer: Clusterer | None = None,
         per_sample: bool = True,
         rescale: str = "batch",
@@ -124,6 +128,7 @@ class DropCluster(LayerCallback):
             every_n_train_steps = check_number("every_n_train_steps", every_n_train_steps, 0, integer=True)
         num_samples = check_number("num_samples", num_samples, 1, _MAX_INT, integer=True)
         sketch_dim = check_number("sketch_dim", sketch_dim, 1, _MAX_INT, integer=True)
+        sketch_momentum = check_number("sketch_momentum", sketch_momentum, 0, 1, high_open=True)
         if clusterer is not None and not callable(getattr(clusterer, "fit", None)):
             raise TypeError(
                 f"clusterer={clusterer!r}: must have a method fit(profiles, num_clusters, init_labels, grid)"
@@ -145,6 +150,7 @@ class DropCluster(LayerCallback):
             clusterer if clusterer is not None else _default_clusterer(seed),
             num_samples=num_samples,
             sketch_dim=sketch_dim,
+            sketch_momentum=sketch_momentum,
             seed=seed,
             overlap_steps=overlap_steps,
             per_sample=per_sample,
