@@ -9,19 +9,25 @@ from torch.nn import functional as F
 
 from lightning_dropcluster.scopes import SCOPES, Shape
 
+ADDITIVE = ("moments", "sums", "column_sums", "count")
+"""What adds up over sketches of the same origin."""
+
 _WORD = 0xFFFFFFFF
+_HUGE = 1e18  # squares of larger values overflow
+_SLICE = 2**21  # values that stay in the cache of a CPU while they are added
 _Number = TypeVar("_Number", int, Tensor)
 
 
 class Sketch(nn.Module):
     """A random projection of all response profiles of a layer, added up batch by batch.
 
-    Clustering by correlation needs only inner products of centred profiles, and a projection on random signs
-    keeps those (Achlioptas 2003, "Database-friendly random projections"). For each item the sketch holds the
-    sum of its values times ``sketch_dim`` sign columns, and the plain sum and sum of squares; with the
-    columns' own sums the centring is exact. Sketches of batches and of ranks add up. Where no more
-    observations are asked for than ``sketch_dim``, each gets a column of its own and the sketch is the
-    profile itself.
+    Clustering by correlation needs only inner products of centred profiles, and a random projection keeps
+    those. Here the i-th observation is added, with a random sign, to column ``i mod D``: the count sketch
+    (Charikar et al. 2002; "Feature hashing", https://arxiv.org/abs/0902.2206), whose inner products have the
+    variance of dense random signs at 1 / D of the work. Columns take turns instead of being drawn, so that
+    up to D observations each have a column of their own and the sketch is then exact. The sums of the values
+    are kept beside it; with the columns' own sums the centring is exact. Sketches of batches and of ranks
+    add up.
 
     Values are held relative to the first observation: an item that never changes is then zero to the last
     bit, and large means cost no precision.
@@ -45,7 +51,7 @@ class Sketch(nn.Module):
     """
 
     moments: Tensor
-    squares: Tensor
+    sums: Tensor
     origin: Tensor
     column_sums: Tensor
     count: Tensor
@@ -70,13 +76,12 @@ class Sketch(nn.Module):
         self.num_samples, self.sketch_dim = num_samples, sketch_dim
         self.rank, self.world_size = rank, world_size
         self.observations = self.scope.observations(self.shape)
-        self.is_exact = num_samples * world_size * self.observations <= sketch_dim
         problems, items = self.scope.problems(self.shape)
         num_items = problems * items
         single = {"dtype": torch.float32, "device": device}
         buffers = {
-            "moments": torch.zeros(num_items, sketch_dim + 1, **single),  # D projections, then the sum
-            "squares": torch.zeros(num_items, **single),
+            "moments": torch.zeros(sketch_dim, num_items, **single),
+            "sums": torch.zeros(num_items, **single),
             "origin": torch.zeros(num_items, **single),
             "column_sums": torch.zeros(sketch_dim, **single),
             "count": torch.zeros((), dtype=torch.int64, device=device),
@@ -94,19 +99,31 @@ class Sketch(nn.Module):
         Args:
             x: (N, C, *spatial) of the sketch's shape, any floating type; it is not changed.
         """
-        if not len(x):
-            return
         with torch.autocast(x.device.type, enabled=False):
-            maps = x.detach().float().reshape(len(x), self.shape[0], math.prod(self.shape[1:]))
-            rows = self.scope.rows(maps)
-            self.origin.copy_(torch.where(self.count == 0, rows[0], self.origin))
-            weights = self._weights(len(x))
-            # Not left to the zero weights: 0 x inf is NaN.
-            rows = (rows - self.origin).masked_fill_(weights[:, -1:] == 0, 0.0)
-            self.moments.addmm_(rows.T, weights)
-            self.column_sums.add_(weights[:, :-1].sum(0))
-            self.squares.addmv_(rows.square_().T, weights[:, -1])
-            self.count.copy_((self.count + len(x)).clamp(max=self.num_samples))
+            for part in self._parts(x.detach()):
+                maps = part.float().reshape(len(part), self.shape[0], math.prod(self.shape[1:]))
+                self._add(self.scope.rows(maps), len(part))
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Leave out samples beyond those asked for; on a CPU, cut the rest into parts that fit the cache."""
+        if not len(x):
+            return ()
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            x = x[: self.num_samples - int(self.count)]
+            return x.split(max(1, _SLICE // math.prod(self.shape))) if len(x) else ()
+        # Where the host must not look, they repeat the last sample wanted, with weight 0: 0 x inf is NaN.
+        last = (self.num_samples - self.count - 1).clamp(min=0)
+        return (x.index_select(0, torch.arange(len(x), device=x.device).clamp(max=last)),)
+
+    def _add(self, rows: Tensor, num_samples: int) -> None:
+        """Add the observations (N * observations, items) of some samples."""
+        self.origin.copy_(torch.where(self.count == 0, rows[0], self.origin))
+        wanted, columns, signs = self._places(num_samples)
+        rows = rows - self.origin
+        self.sums.addmv_(rows.T, wanted)
+        self.moments.index_add_(0, columns, rows.mul_(signs[:, None]))
+        self.column_sums.index_add_(0, columns, signs)
+        self.count.copy_((self.count + num_samples).clamp(max=self.num_samples))
 
     def rebase(self, origin: Tensor) -> None:
         """Hold the values relative to another origin.
@@ -115,11 +132,8 @@ class Sketch(nn.Module):
             origin: (items,) float32.
         """
         delta = self.origin - origin
-        rows = self.count * self.observations
-        sums = self.moments[:, -1]
-        self.squares.add_(2.0 * delta * sums + rows * delta.square())
-        self.moments[:, :-1].addr_(delta, self.column_sums)
-        sums.add_(rows * delta)
+        self.moments.addr_(self.column_sums, delta)
+        self.sums.add_(self.count * self.observations * delta)
         self.origin.copy_(origin)
 
     def merge(self, other: "Sketch") -> None:
@@ -131,7 +145,7 @@ class Sketch(nn.Module):
         if not self.count:
             self.rebase(other.origin)
         other.rebase(self.origin)
-        for name in ("moments", "squares", "column_sums", "count"):
+        for name in ADDITIVE:
             getattr(self, name).add_(getattr(other, name))
 
     def is_finite(self) -> bool:
@@ -140,7 +154,7 @@ class Sketch(nn.Module):
         Returns:
             True where the profiles can be used.
         """
-        return bool(torch.isfinite(self.moments).all() & torch.isfinite(self.squares).all())
+        return bool((self.moments.abs() < _HUGE).all() & (self.sums.abs() < _HUGE).all())
 
     def profiles(self) -> Tensor:
         """Return the centred profiles at unit length: squared distances are 2 - 2 x correlation.
@@ -150,36 +164,26 @@ class Sketch(nn.Module):
             changed.
         """
         rows = max(1, int(self.count) * self.observations)
-        sums = self.moments[:, -1]
-        centred = self.moments[:, :-1].addr(sums / rows, self.column_sums, alpha=-1.0)
-        # One of the values is the origin, so the variance of an item that changes at all is at least
-        # 1 / (rows + 1) of its mean square: anything far below is rounding.
-        variance = self.squares - sums.square() / rows
-        alive = variance > 0.1 / (rows + 1) * self.squares
-        unit = F.normalize(centred, eps=torch.finfo(torch.float32).tiny) * alive.unsqueeze(1)
-        return unit.reshape(*self.scope.problems(self.shape), self.sketch_dim)
+        centred = self.moments.addr(self.column_sums, self.sums / rows, alpha=-1.0)
+        # Relative to the first observation, an item that never changed is zero to the last bit.
+        alive = self.moments.any(0)
+        unit = F.normalize(centred, dim=0, eps=torch.finfo(torch.float32).tiny) * alive
+        return unit.T.reshape(*self.scope.problems(self.shape), self.sketch_dim)
 
-    def _weights(self, num_samples: int) -> Tensor:
-        """What each new row counts in each column, and in the sums: (N * observations, D + 1)."""
+    def _places(self, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Whether each new row counts (1.0 or 0.0), its column, and its sign there (0.0 if it does not)."""
         device = self.key.device
         local = self.count + torch.arange(num_samples, device=device)
         sample = local * self.world_size + self.rank
         row = (sample[:, None] * self.observations + torch.arange(self.observations, device=device)).flatten()
         wanted = (local < self.num_samples).float().repeat_interleave(self.observations)
-        if self.is_exact:
-            columns = (row[:, None] == torch.arange(self.sketch_dim, device=device)).float()
-        else:
-            columns = _signs(row, self.sketch_dim, self.key)
-        return torch.cat([columns, torch.ones_like(wanted)[:, None]], dim=1) * wanted[:, None]
+        return wanted, row % self.sketch_dim, _signs(row, self.key) * wanted
 
 
-def _signs(index: Tensor, num_columns: int, key: Tensor) -> Tensor:
-    """Hash each index to a row of random signs, (len(index), num_columns) float32."""
-    word = torch.arange(-(-num_columns // 32), device=index.device)
+def _signs(index: Tensor, key: Tensor) -> Tensor:
+    """Hash each index to a random sign, float32."""
     mixed = _mix(_mix((index & _WORD) ^ key) ^ (index >> 32))
-    words = _mix((mixed[:, None] + word * 0x9E3779B1) & _WORD)
-    bits = (words[:, :, None] >> torch.arange(32, device=index.device)) & 1
-    return bits.flatten(1)[:, :num_columns].float() * 2.0 - 1.0
+    return (mixed & 1).float() * 2.0 - 1.0
 
 
 def _mix(value: _Number) -> _Number:

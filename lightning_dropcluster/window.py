@@ -9,7 +9,7 @@ import torch
 from lightning_dropcluster import ranks
 from lightning_dropcluster.regularizers import Gathering
 from lightning_dropcluster.scopes import Scope
-from lightning_dropcluster.sketch import Sketch
+from lightning_dropcluster.sketch import ADDITIVE, Sketch
 
 
 class GatheringWindow:
@@ -173,7 +173,7 @@ def merge_over_ranks(sketch: Sketch) -> None:
     if len(counts) == 1 or not len(filled):
         return
     sketch.rebase(ranks.from_rank(sketch.origin.clone(), int(filled[0])))
-    for name in ("moments", "squares", "column_sums", "count"):
+    for name in ADDITIVE:
         ranks.sum_over_ranks(getattr(sketch, name))
 
 

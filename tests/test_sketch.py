@@ -5,12 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
-from lightning_dropcluster.sketch import Sketch
+from lightning_dropcluster.sketch import ADDITIVE, Sketch
 
 SCOPES = ("map", "position", "layer", "channel")
 SHAPES = ((3, 5), (2, 3, 4), (2, 2, 3, 2))
-TENSORS = ("moments", "squares", "origin", "column_sums", "count")
+TENSORS = (*ADDITIVE, "origin")
 
 
 def make_x(samples=24, shape=(2, 3, 4), seed=0):
@@ -52,7 +53,7 @@ def test_is_exact_where_every_observation_has_a_column(scope, shape):
     x = make_x(4, shape)
     expected = naive_profiles(x, scope)
     sketch = gather([x], shape, scope=scope, num_samples=4, sketch_dim=expected.shape[2])
-    torch.testing.assert_close(sketch.profiles().double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(inner(sketch.profiles()), inner(expected), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -149,7 +150,7 @@ def test_features_equal_on_all_ranks_but_for_one_sample_are_alive(value, ranks):
 def test_large_means_cost_no_precision(mean):
     x = (make_x(200).mul(64).round() / 64) + mean  # multiples of 1/64 are exact in float32 up to 2**18
     exact = gather([x], sketch_dim=200, num_samples=200).profiles()
-    torch.testing.assert_close(exact.double(), naive_profiles(x, "map"), rtol=0, atol=1e-5)
+    torch.testing.assert_close(inner(exact), inner(naive_profiles(x, "map")), rtol=0, atol=1e-5)
 
 
 def test_profiles_do_not_depend_on_scale_or_sign_of_scale():
@@ -163,7 +164,7 @@ def test_other_dtypes_are_added_up_in_float32(dtype):
     x = make_x().to(dtype)
     sketch, reference = gather([x]), gather([x.float()])
     assert all(torch.equal(getattr(sketch, name), getattr(reference, name)) for name in TENSORS)
-    assert sketch.moments.dtype == sketch.squares.dtype == torch.float32
+    assert sketch.moments.dtype == sketch.sums.dtype == torch.float32
 
 
 def test_autocast_costs_no_precision():
@@ -171,7 +172,7 @@ def test_autocast_costs_no_precision():
     with torch.autocast("cpu", torch.bfloat16):
         sketch = gather([x])
     assert torch.equal(sketch.moments, gather([x]).moments)
-    assert torch.equal(sketch.squares, gather([x]).squares)
+    assert torch.equal(sketch.sums, gather([x]).sums)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -230,17 +231,29 @@ def signs(num_samples=400, sketch_dim=100, **options):
     """Read the signs through the front door: item i moves in sample i + 1 alone."""
     x = torch.cat([torch.zeros(1, num_samples), torch.eye(num_samples)])[:, None]
     sketch = gather([x], (1, num_samples), num_samples=num_samples + 1, sketch_dim=sketch_dim, **options)
-    return sketch.moments[:, :-1]
+    return sketch.moments.T
+
+
+def test_observations_take_the_columns_in_turns():
+    assert torch.equal(signs().abs().argmax(1), (torch.arange(400) + 1) % 100)
+    assert torch.equal(signs().abs().sum(1), torch.ones(400))
 
 
 def test_signs_are_balanced_and_uncorrelated():
-    table = signs()
-    assert torch.equal(table.abs(), torch.ones(400, 100))
-    assert table.mean().abs() < 4 / math.sqrt(table.numel())
-    for rows in (table, table.T):
-        products = (rows @ rows.T / rows.shape[1]).fill_diagonal_(0)
-        assert products.square().mean().sqrt() == pytest.approx(1 / math.sqrt(rows.shape[1]), rel=0.1)
-        assert products.abs().max() < 6 / math.sqrt(rows.shape[1])
+    drawn = signs(4000).sum(1)
+    assert drawn.mean().abs() < 4 / math.sqrt(4000)
+    products = torch.stack([(drawn[lag:] * drawn[:-lag]).mean() for lag in range(1, 200)])
+    assert products.square().mean().sqrt() == pytest.approx(1 / math.sqrt(4000), rel=0.2)
+    assert products.abs().max() < 6 / math.sqrt(4000)
+
+
+def test_it_approximates_as_well_as_dense_random_signs():
+    profiles = naive_profiles(make_x(1000), "map")[0]
+    generator = torch.Generator().manual_seed(1)
+    dense = torch.randint(2, (1000, 64), generator=generator).double() * 2 - 1
+    expected = (inner(F.normalize(profiles @ dense)) - inner(profiles)).square().mean().sqrt()
+    sketched = gather([make_x(1000)], num_samples=1000).profiles()[0]
+    assert (inner(sketched) - inner(profiles)).square().mean().sqrt() < 1.3 * expected
 
 
 @pytest.mark.parametrize(
@@ -248,7 +261,7 @@ def test_signs_are_balanced_and_uncorrelated():
 )
 def test_each_seed_and_window_has_signs_of_its_own(other):
     assert torch.equal(signs(**other), signs(**other))
-    assert (signs(**other) * signs()).mean().abs() < 4 / math.sqrt(400 * 100)
+    assert (signs(**other) * signs()).sum().abs() < 4 * math.sqrt(400)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
