@@ -16,6 +16,7 @@ help: ## Show this list
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
+	@echo "Making .venv with pinned versions of torch and all else: a few minutes, once"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
@@ -53,6 +54,16 @@ bench: .venv/.installed ## Train with and without the callback on the digits; on
 docs: .venv/.installed ## Build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo site/index.html
+
+.PHONY: dist
+dist: .venv/.installed ## Build wheel and sdist into dist/, and try the wheel in an empty environment
+	rm -rf build dist
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[release]'
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	build/empty/bin/python -I tests/smoke.py
 
 .PHONY: constraints
 constraints: ## Pin what the newest releases resolve to

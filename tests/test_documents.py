@@ -1,6 +1,7 @@
 """Every fenced block of the documents does what it says."""
 
 import doctest
+import inspect
 import os
 import re
 import shlex
@@ -63,6 +64,8 @@ def check_command(program: str, *arguments: str) -> None:
         assert arguments[0] == "install"
         for target in arguments[1:]:
             check_requirement(target)
+    elif program in PROJECT["scripts"]:
+        check_options(["-m", PROJECT["scripts"][program].partition(".")[0], arguments[0]], arguments[1:])
     elif program.endswith("python"):
         check_options([str(ROOT / arguments[0])], arguments[1:])
     else:
@@ -126,3 +129,9 @@ def test_patterns_for_common_models_pick_something(name, cells):
     assert patterns
     for pattern in patterns:
         assert select_layers(model, pattern)
+
+
+def test_the_table_of_settings_is_that_of_the_callback():
+    table = re.findall(r"^\| `(.+)` \| .*\| .*\| .*\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    named = {name for row in table for name in row.split("` or `")}
+    assert named == set(inspect.signature(DropCluster).parameters) - {"layers"}

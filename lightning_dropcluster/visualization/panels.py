@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +36,16 @@ def new_figure(function: str) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(f"{function} needs matplotlib: pip install lightning-dropcluster[plot]") from error
-    return Figure(layout="compressed", dpi=150)
+    figure = Figure(layout="compressed", dpi=150)
+    figure._repr_png_ = partial(_to_png, figure)  # pyright: ignore[reportAttributeAccessIssue]
+    return figure
+
+
+def _to_png(figure: Figure) -> bytes:
+    """Let notebooks show a figure that pyplot does not know."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def check_labels(labels: Any) -> None:
