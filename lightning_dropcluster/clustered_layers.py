@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from lightning_dropcluster.functional import cluster_sizes
 from lightning_dropcluster.injection import Injection
 from lightning_dropcluster.layers import CONV_LAYERS, find_layers
 from lightning_dropcluster.memory import ProfileMemory
-from lightning_dropcluster.reclustering import Grouping, Reclustering, cluster_share
+from lightning_dropcluster.reclustering import Grouping, OnProgress, Reclustering, cluster_share
 from lightning_dropcluster.regularizers import ClusterDrop, Gathering
 from lightning_dropcluster.scopes import SCOPES, Scope, Shape
 from lightning_dropcluster.sketch import Sketch
@@ -61,6 +62,7 @@ class ClusteredLayers:
         self.memory = ProfileMemory(sketch_momentum)
         self.clusters: dict[str, Clusters] = {}
         self.seconds = 0.0
+        self.waiting: AbstractContextManager[OnProgress | None] = nullcontext()
         self.windows_opened = 0
         self.window: GatheringWindow | None = None
         self.reclustering: Reclustering | None = None
@@ -116,6 +118,7 @@ class ClusteredLayers:
         if self.reclustering is not None:
             self.reclustering.abandon()
         self._injection = self.window = self.reclustering = None
+        self.waiting = nullcontext()
         self._gatherings = {}
 
     def open_window(self) -> None:
@@ -294,12 +297,16 @@ class ClusteredLayers:
             for name in sketches.keys() & self.clusters.keys()
             if self.clusters[name].shape == sketches[name].shape
         }
-        self.reclustering = Reclustering(
-            {name: sketch.shape for name, sketch in sketches.items()},
-            partial(cluster_share, sketches, tables, self.clusterer, self.grouping, self.memory),
-            wait_steps=self.overlap_steps,
-            in_background=self.overlap_steps > 0,
-        )
+        in_background = self.overlap_steps > 0
+        with nullcontext() if in_background else self.waiting as on_progress:
+            self.reclustering = Reclustering(
+                {name: sketch.shape for name, sketch in sketches.items()},
+                partial(
+                    cluster_share, sketches, tables, self.clusterer, self.grouping, self.memory, on_progress
+                ),
+                wait_steps=self.overlap_steps,
+                in_background=in_background,
+            )
 
     def _is_due(self) -> bool:
         return self.reclustering is not None and self.reclustering.wait_steps <= 0

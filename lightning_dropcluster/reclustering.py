@@ -18,6 +18,8 @@ from lightning_dropcluster.sketch import Sketch
 MAX_LAYER_CLUSTERS = 4096
 
 Work = Callable[[], dict[str, Tensor]]
+OnProgress = Callable[[str, float], None]
+"""Takes the layer whose turn it is, and the share of all features that is done, in [0, 1)."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ def cluster_share(
     clusterer: Clusterer,
     grouping: Grouping,
     memory: ProfileMemory | None = None,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Tensor]:
     """Cluster this rank's share of the problems, without any collective.
 
@@ -143,12 +146,16 @@ def cluster_share(
         clusterer: who clusters.
         grouping: how many clusters.
         memory: of the profiles of earlier windows, which this one is added to.
+        on_progress: is told the name of each layer before its turn, and the share of all features done.
 
     Returns:
         Name to labels (B, F) int32; problems of other ranks are 0.
     """
     shares = {}
+    whole = sum(len(sketch.moments) for sketch in sketches.values())
     for position, (name, sketch) in enumerate(sketches.items()):
+        if on_progress is not None:
+            on_progress(name, sum(labels.numel() for labels in shares.values()) / whole)
         problems, items = sketch.scope.problems(sketch.shape)
         shares[name] = torch.zeros(problems, items, dtype=torch.int32, device=sketch.moments.device)
         mine = _my_block(problems, position)

@@ -15,12 +15,14 @@ from lightning_dropcluster.checks import check_bool, check_choice, check_not_bot
 from lightning_dropcluster.clustered_layers import ClusteredLayers, Report
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, TorchKMeans
 from lightning_dropcluster.clusters import Clusters, read_initial_labels
+from lightning_dropcluster.logged_pictures import PictureLog
 from lightning_dropcluster.progress import Progress
 from lightning_dropcluster.reclustering import MAX_LAYER_CLUSTERS, Grouping
 from lightning_dropcluster.regularizers.cluster_drop import RESCALES
 from lightning_dropcluster.schedules import make_schedule
 from lightning_dropcluster.scopes import SCOPES
 from lightning_dropcluster.state import read_state
+from lightning_dropcluster.waiting import WaitingLine
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -76,6 +78,8 @@ class DropCluster(LayerCallback):
         initial_labels: labels to start from, as ``labels`` gives them, or the path of a checkpoint of an
             earlier run. Where they are there for every chosen layer they take the place of the first
             clustering.
+        log_pictures: send pictures of new clusters to loggers that take images; at most 2 % of the time goes
+            into them.
         seed: of the sketch and the clustering; the draw of what is dropped uses torch's generator.
 
     Raises:
@@ -111,6 +115,7 @@ class DropCluster(LayerCallback):
         overlap_steps: int = 0,
         layer_types: type[nn.Module] | list[type[nn.Module]] | None = None,
         initial_labels: str | PathLike[str] | Mapping[str, Tensor] | None = None,
+        log_pictures: bool = True,
         seed: int = 0,
     ) -> None:
         drop_prob = check_number("drop_prob", drop_prob, 0, 1, high_open=True)
@@ -134,6 +139,7 @@ class DropCluster(LayerCallback):
                 f"clusterer={clusterer!r}: must have a method fit(profiles, num_clusters, init_labels, grid)"
             )
         check_bool("per_sample", per_sample)
+        check_bool("log_pictures", log_pictures)
         check_choice("rescale", rescale, RESCALES)
         position_weight = check_number("position_weight", position_weight, 0, _MAX_POSITION_WEIGHT)
         overlap_steps = check_number("overlap_steps", overlap_steps, 0, integer=True)
@@ -142,6 +148,7 @@ class DropCluster(LayerCallback):
         progress = Progress(start, make_schedule(schedule), every_n_epochs, every_n_train_steps)
         super().__init__(layers, layer_types, progress)
         self.drop_prob, self.scope = drop_prob, scope
+        self._pictures = PictureLog(scope) if log_pictures else None
         self._first_clusters: dict[str, Clusters] = {}
         if initial_labels is not None:
             self._first_clusters = read_initial_labels(initial_labels, SCOPES[scope])
@@ -187,6 +194,10 @@ class DropCluster(LayerCallback):
         reports = self._layers.end_step()
         if not trainer.barebones:
             self._log_reports(pl_module, reports)
+        if self._pictures is not None and reports and trainer.is_global_zero:
+            self._pictures.send(
+                trainer, {name: self._layers.clusters[name] for name in reports}, self._log_prefix
+            )
 
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Fail where a layer has not run in the epoch of the first window: the window would stay open."""
@@ -217,6 +228,8 @@ class DropCluster(LayerCallback):
             self._layers.reset(first)
             self._progress.reset(has_labels=len(first) == len(self._hooked))
         self._layers.attach(pl_module, self._hooked, pl_module.device)
+        if trainer.is_global_zero:
+            self._layers.waiting = WaitingLine(trainer.progress_bar_callback)
 
     def _begin_step(self, share: float, is_due: bool) -> float:
         if is_due:

@@ -48,21 +48,23 @@ def cluster_colors(num_clusters: int) -> Tensor:
     return _palette(levels)[:num_clusters].clone()
 
 
-def neighbor_colors(*labels: Tensor) -> Tensor:
+def neighbor_colors(*labels: Tensor, num_clusters: int | None = None) -> Tensor:
     """Choose a colour for each cluster so that clusters side by side differ as much as can be.
 
     Args:
         labels: one or more (C, *spatial) integer tensors with labels of at least 0, for example one layer's
             clusters at several moments: a label has one colour in all of them.
+        num_clusters: number of colours K, where further labels are to come; the largest label plus one where
+            it is ``None``.
 
     Returns:
-        (K, 3) float tensor of red, green and blue in [0, 1], no two alike; K is the largest label plus one.
+        (K, 3) float tensor of red, green and blue in [0, 1], no two alike.
 
     Example:
         >>> neighbor_colors(torch.tensor([[[0, 1], [2, 3]]])).shape
         torch.Size([4, 3])
     """
-    num_clusters = max(int(one.max()) for one in labels) + 1
+    num_clusters = max(num_clusters or 0, *(int(one.max()) + 1 for one in labels))
     colors = cluster_colors(num_clusters)
     if num_clusters > _MOST_MATCHED:
         return colors

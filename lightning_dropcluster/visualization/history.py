@@ -19,6 +19,7 @@ from lightning_dropcluster.visualization.panels import (
     draw_map,
     new_figure,
     panel_inches,
+    render,
     shown_maps,
 )
 
@@ -117,24 +118,6 @@ def save_animation(
         options["previous"] = history[moment - 1] if moment else labels
         frames.append(render(plot_clusters(labels, **options)))
     _save_gif(path, frames, seconds)
-
-
-def render(figure: Figure) -> Tensor:
-    """Draw a figure into pixels.
-
-    Args:
-        figure: any.
-
-    Returns:
-        (H, W, 3) uint8.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    width, height = canvas.get_width_height()
-    pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
-    return pixels.reshape(height, width, 4)[:, :, :3].contiguous()
 
 
 def _save_gif(path: str | PathLike[str], frames: list[Tensor], seconds: float) -> None:

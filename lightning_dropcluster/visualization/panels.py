@@ -48,6 +48,24 @@ def _to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def render(figure: Figure) -> Tensor:
+    """Draw a figure into pixels.
+
+    Args:
+        figure: any.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
+    return pixels.reshape(height, width, 4)[:, :, :3].contiguous()
+
+
 def check_labels(labels: Any) -> None:
     """Check that something is the labels of a layer.
 
