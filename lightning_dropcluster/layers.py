@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -96,7 +97,7 @@ def check_patterns(layers: Pattern | Sequence[Pattern]) -> list[Pattern]:
     """Return the patterns as a list.
 
     Args:
-        layers: what a user gave: a pattern, or a list or tuple of them.
+        layers: what a user gave: a pattern, or a list or other sequence of them.
 
     Returns:
         The patterns, at least one.
@@ -105,7 +106,7 @@ def check_patterns(layers: Pattern | Sequence[Pattern]) -> list[Pattern]:
         TypeError: where a pattern is neither a string nor a callable.
         ValueError: where the list or a pattern is empty, or a regular expression does not compile.
     """
-    patterns = list(layers) if isinstance(layers, list | tuple) else [layers]
+    patterns = list(layers) if _is_sequence(layers) else [layers]
     if not patterns:
         raise ValueError(f"layers={layers!r}: give at least one pattern")
     for pattern in patterns:
@@ -134,7 +135,7 @@ def check_layer_types(layer_types: LayerTypes | None) -> tuple[type[nn.Module], 
     """
     if layer_types is None:
         return CONV_LAYERS
-    types = tuple(layer_types) if isinstance(layer_types, list | tuple) else (layer_types,)
+    types = tuple(layer_types) if _is_sequence(layer_types) else (layer_types,)
     if not types:
         raise ValueError(f"layer_types={layer_types!r}: give at least one type, or None for conv layers")
     for entry in types:
@@ -154,6 +155,11 @@ def count_channels(layer: nn.Module) -> int | None:
     """
     channels = getattr(layer, "out_channels", getattr(layer, "num_features", None))
     return channels if isinstance(channels, int) else None
+
+
+def _is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
+    """Tell a list, or what configuration tools give in its place, from one pattern or type."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _module_names(root: nn.Module) -> dict[str, nn.Module]:

@@ -1,9 +1,13 @@
-"""The callback from YAML, through LightningCLI of both namespaces."""
+"""The callback from YAML, through LightningCLI of both namespaces, and from the containers of Hydra."""
 
 import importlib
+import inspect
+from collections.abc import Sequence
 
 import pytest
-from fits import make_loader, tiny_resnet
+import pytorch_lightning as pl
+from fits import Classifier, make_loader, make_trainer, tiny_resnet
+from pytorch_lightning.cli import LightningCLI
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD
@@ -91,3 +95,82 @@ def test_yaml(namespace, tmp_path, monkeypatch):
     made = [next(iter(callback.regularizers.values())) for callback in structured]
     assert [type(module) for module in made] == [DropBlock, DropBlock, nn.Dropout2d]
     assert (made[0].block_size, made[1].block_size) == (7, 3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("callback", [DropCluster, StructuredDropout])
+def test_help_tells_what_the_docstring_says_of_each_argument(callback, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    name = f"lightning_dropcluster.{callback.__name__}"
+    with pytest.raises(SystemExit, match="0"):
+        LightningCLI(Classifier, pl.LightningDataModule, args=["fit", f"--trainer.callbacks.help={name}"])
+    body = capsys.readouterr().out.split("Help for ")[1]
+    documented = dict(_arguments(callback))
+    assert documented.keys() == inspect.signature(callback).parameters.keys()
+    for argument, text in documented.items():
+        helped = body.split(f"  --trainer.callbacks.{argument} ", 1)[1].split("  --trainer.callbacks.")[0]
+        assert " ".join(text.split()[:6]) in " ".join(helped.split())
+
+
+def _arguments(callback):
+    """The arguments that a docstring describes, with their first lines."""
+    section = inspect.getdoc(callback).split("Args:\n")[1].split("\n\n")[0]
+    for line in section.splitlines():
+        if not line.startswith(" " * 8):
+            yield line.strip().split(": ", 1)
+
+
+class ConfigList(Sequence):
+    """A list as OmegaConf gives it: a sequence, but no list."""
+
+    def __init__(self, *items):
+        self.items = items
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+    def __len__(self):
+        return len(self.items)
+
+
+def instantiate(config):
+    """Make an object of a config as Hydra does: ``_target_`` is called with the rest, inner ones first."""
+    made = {
+        key: instantiate(value) if isinstance(value, dict) and "_target_" in value else value
+        for key, value in config.items()
+    }
+    module, _, name = made.pop("_target_").rpartition(".")
+    return getattr(importlib.import_module(module), name)(**made)
+
+
+def test_hydras_containers_serve():
+    callback = instantiate(
+        {
+            "_target_": "lightning_dropcluster.DropCluster",
+            "layers": ConfigList("conv1", "layer1.*.conv2"),
+            "layer_types": ConfigList(nn.Conv2d, nn.BatchNorm2d),
+            "clusterer": {"_target_": "lightning_dropcluster.TorchKMeans", "max_iter": 3},
+            "start": 0.0,
+            "num_samples": 8,
+        }
+    )
+    make_trainer(callback, max_epochs=1).fit(Classifier(), make_loader())
+    assert list(callback.labels) == ["model.conv1", "model.layer1.0.conv2"]
+    assert callback._layers.clusterer.max_iter == 3
+
+
+def test_hydra_itself():
+    hydra = pytest.importorskip("hydra")
+    omegaconf = pytest.importorskip("omegaconf")
+    config = omegaconf.OmegaConf.create(
+        {
+            "_target_": "lightning_dropcluster.DropCluster",
+            "layers": ["conv1", "layer1.*.conv2"],
+            "clusterer": {"_target_": "lightning_dropcluster.TorchKMeans", "max_iter": 3},
+            "start": 0.0,
+            "num_samples": 8,
+        }
+    )
+    callback = hydra.utils.instantiate(config)
+    make_trainer(callback, max_epochs=1).fit(Classifier(), make_loader())
+    assert list(callback.labels) == ["model.conv1", "model.layer1.0.conv2"]

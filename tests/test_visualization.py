@@ -131,6 +131,11 @@ def test_columns_set_the_layout(columns, layout):
     assert not any(axes.axison for axes in figure.axes if not axes.images)
 
 
+def test_the_maps_that_are_shown_make_the_layout():
+    grid = plot_clusters(torch.zeros(64, 2, 2, dtype=torch.long), max_maps=9).axes[0].get_gridspec()
+    assert (grid.nrows, grid.ncols) == (3, 3)
+
+
 def test_labels_are_left_alone_and_pyplot_unused():
     labels = torch.randint(0, 5, (2, 4, 4), dtype=torch.int16)
     before = labels.clone()

@@ -69,7 +69,7 @@ def plot_clusters(
         check_number("columns", columns, 1, integer=True)
     images = shown_maps(labels, max_maps)
     colors = _check_colors(colors, images) if colors is not None else neighbor_colors(images)
-    columns = min(columns or _default_columns(labels), len(images))
+    columns = min(columns or _default_columns(images), len(images))
     rows = math.ceil(len(images) / columns)
     width, height = panel_inches(labels)
     figure = new_figure("plot_clusters")
@@ -101,8 +101,8 @@ def _summary(labels: Tensor, images: Tensor, previous: Tensor | None, scope: str
     return lines
 
 
-def _default_columns(labels: Tensor) -> int:
-    return 1 if labels.ndim == 2 else math.ceil(math.sqrt(min(len(labels), 16)))
+def _default_columns(images: Tensor) -> int:
+    return 1 if images.shape[1] == 1 else math.ceil(math.sqrt(min(len(images), 16)))
 
 
 def _check_colors(colors: Tensor, images: Tensor) -> Tensor:
