@@ -7,8 +7,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else idle threads of torc
 import pytest
 import torch
 from fits import make_loader
+from hypothesis import settings
 from PIL import Image
 from torch.utils.data import DataLoader
+
+settings.register_profile("unhurried", deadline=None)  # a busy machine is no fault of the code
+settings.load_profile("unhurried")
 
 
 @pytest.fixture
