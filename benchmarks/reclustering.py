@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import mean, median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from activations import RANDOM, SIZES, Activations, exact_profiles, random_fields, sketch_of, trained
@@ -25,7 +25,7 @@ from torch import Tensor
 from lightning_dropcluster.clustering import FaissKMeans, adjusted_rand_index
 from lightning_dropcluster.sketch import Sketch
 
-MOST_WORK = 2**27  # maps x features of a map squared at most, so that no peer takes minutes
+MOST_WORK = 2**26  # maps x features of a map squared at most, so that no peer takes minutes
 RESNET50 = ((64, 56, 3), (128, 28, 4), (256, 14, 6), (512, 7, 3))  # conv2 at 224 px: channels, side, layers
 SKETCHES = [(dim, torch.float32) for dim in (16, 32, 64, 128, 256)]
 HALVED = [(64, torch.bfloat16), (64, torch.float16)]
@@ -37,6 +37,8 @@ class Settings:
 
     Args:
         quick: the digits and two sizes, few samples and maps: a check that takes a minute.
+        part: of the benchmark: layers of a "trained" network, "random" fields, the whole "model" ResNet-50, or
+            the "stall" of training; all by default.
         model: a ResNet that timm knows, whose first layers are clustered.
         data: what it is trained on.
         data_dir: CIFAR-10 as a folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or a tar file of it.
@@ -50,6 +52,7 @@ class Settings:
     """
 
     quick: bool = False
+    part: Literal["all", "trained", "random", "model", "stall"] = "all"
     model: str = "small_resnet"
     data: DataName = "digits"
     data_dir: str | None = None
@@ -209,8 +212,8 @@ def timing(run: Runs) -> dict[str, Any]:
     }
 
 
-def layers(settings: Settings, device: torch.device) -> Iterator[Activations]:
-    """Make the activations of one layer after the other."""
+def trained_records(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Compare on a trained network, clusterers and sketches."""
     for acts in trained(
         settings.model,
         settings.data,
@@ -219,25 +222,22 @@ def layers(settings: Settings, device: torch.device) -> Iterator[Activations]:
         epochs=settings.epochs,
         samples=settings.samples,
     ):
-        yield acts.first(fitting(acts.channels, acts.grid[0], settings)).to(device)
+        some = acts.first(fitting(acts.channels, acts.grid[0], settings)).to(device)
+        yield from layer_records(some, settings)
+        yield from sketch_records(some, settings)
+
+
+def random_records(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Compare on random fields."""
     for channels, side in SIZES[-2:] if settings.quick else SIZES:
         maps = fitting(channels, side, settings)
-        yield random_fields(channels, side, maps=maps, samples=settings.samples).to(device)
+        acts = random_fields(channels, side, maps=maps, samples=settings.samples).to(device)
+        yield from layer_records(acts, settings)
 
 
 def fitting(channels: int, side: int, settings: Settings) -> int:
     """How many maps of a layer to cluster, at least 2."""
     return min(channels, settings.maps, max(2, MOST_WORK // side**4))
-
-
-def all_records(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Measure one thing after the other."""
-    for acts in layers(settings, device):
-        yield from layer_records(acts, settings)
-        if acts.data != RANDOM:
-            yield from sketch_records(acts, settings)
-    yield from model_records(settings)
-    yield from stall_records(settings.model, settings.train_samples or 1024, epochs=settings.epochs)
 
 
 def main(settings: Settings) -> None:
@@ -247,9 +247,19 @@ def main(settings: Settings) -> None:
         samples, images = min(settings.samples, 128), min(settings.train_samples or 256, 256)
         settings = replace(settings, data="digits", train_samples=images, epochs=2, samples=samples)
         settings = replace(settings, maps=min(settings.maps, 32), repeats=2)
+    images = settings.train_samples or 1024
+    parts = {
+        "trained": partial(trained_records, settings, device),
+        "random": partial(random_records, settings, device),
+        "model": partial(model_records, settings),
+        "stall": partial(
+            stall_records, settings.model, settings.train_samples or 1024, epochs=settings.epochs
+        ),
+    }
     origin = provenance()
-    for record in all_records(settings, device):
-        write_line({**record, **origin}, settings.out)
+    for name, measure in parts.items():
+        for record in measure() if settings.part in ("all", name) else ():
+            write_line({**record, **origin}, settings.out)
 
 
 if __name__ == "__main__":

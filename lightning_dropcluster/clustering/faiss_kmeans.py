@@ -12,6 +12,7 @@ import faiss  # isort: skip
 from lightning_dropcluster.clustering.repair import Labels, Points, centroids, repair
 from lightning_dropcluster.clustering.torch_kmeans import KMeans
 
+_PARTS = 8  # of the work for each thread of the pool
 _GPU_SCRATCH = 128 * 2**20  # bytes; FAISS would take 1.5 GiB outside torch's allocator
 
 
@@ -48,14 +49,22 @@ class FaissKMeans(KMeans):
             return self._lloyd(profiles, num_clusters, init_labels, grid, assign_on_gpu)
         start, max_iter = self._start(profiles, num_clusters, init_labels, grid)
         points = profiles.detach().cpu().float().contiguous().numpy()
-        old = [None] * len(points) if start is None else start.cpu().numpy()
+        old = None if start is None else start.cpu().numpy()
+        labels = np.zeros(points.shape[:2], dtype=np.int64)
+
+        def fit_some(problems: NDArray[np.int64]) -> None:
+            for index in problems:
+                first = None if old is None else old[index]
+                labels[index] = self._fit_one(num_clusters, max_iter, points[index], first)
+
         threads = torch.get_num_threads()
         workers = min(threads, len(points))
         # FAISS counts OpenMP threads per thread, so the pool's settings end with its threads.
         set_threads = partial(faiss.omp_set_num_threads, max(1, threads // workers))
         with ThreadPoolExecutor(workers, initializer=set_threads) as pool:
-            labels = list(pool.map(partial(self._fit_one, num_clusters, max_iter), points, old))
-        return torch.from_numpy(np.stack(labels)).to(profiles.device)
+            # In a few parts: handing small problems over one by one takes as long as solving them.
+            list(pool.map(fit_some, np.array_split(np.arange(len(points)), _PARTS * workers)))
+        return torch.from_numpy(labels).to(profiles.device)
 
     def _fit_one(
         self, num_clusters: int, max_iter: int, points: Points, old: NDArray[np.int64] | None

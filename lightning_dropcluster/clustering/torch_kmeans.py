@@ -12,6 +12,7 @@ from lightning_dropcluster.clustering.tiles import tile
 Assign = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(points (B, F, D), centroids (B, K, D)) -> (labels (B, F) int64, squared distances (B, F))."""
 
+_BLOCK = 2**21  # distances held at a time, which the caches of a CPU hold too
 _FAR = 1e4  # profiles have unit length, so nothing is ever assigned to a centroid out here
 
 
@@ -150,15 +151,21 @@ def lloyd(
     """
     alive = profiles.any(dim=2)
     means = _starting_centroids(profiles, alive, num_clusters, init_labels, seed)
-    labels, distances = assign(profiles, means)
-    inertia = (distances * alive).sum()
+    points, lives, going = profiles, alive, torch.arange(len(profiles), device=profiles.device)
+    labels, distances = assign(points, means)
+    inertia, found = (distances * lives).sum(1), torch.empty_like(labels)
     for _ in range(max_iter):
-        means = _update(profiles, alive, labels, means)
-        labels, distances = assign(profiles, means)
-        previous, inertia = inertia, (distances * alive).sum()
-        if previous - inertia <= tolerance * previous:
+        means = _update(points, lives, labels, means)
+        labels, distances = assign(points, means)
+        found[going] = labels
+        previous, inertia = inertia, (distances * lives).sum(1)
+        gains = previous - inertia > tolerance * previous
+        if not gains.any():
             break
-    return _repair_all(profiles, alive, labels, num_clusters, min_share, max_share)
+        if not gains.all():  # the others are done: no problem depends on what it shares a block with
+            kept = (points, lives, going, labels, means, inertia)
+            points, lives, going, labels, means, inertia = (tensor[gains] for tensor in kept)
+    return _repair_all(profiles, alive, found, num_clusters, min_share, max_share)
 
 
 def assign_nearest(points: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +178,7 @@ def assign_nearest(points: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Labels (B, F) int64 and squared distances (B, F).
     """
-    block = max(1, 2**24 // (points.shape[1] * means.shape[1]))
+    block = max(1, _BLOCK // (points.shape[1] * means.shape[1]))
     nearest = []
     for some, centres in zip(points.split(block), means.split(block), strict=True):
         scores = torch.baddbmm(centres.square().sum(2)[:, None], some, centres.mT, alpha=-2.0)
@@ -196,20 +203,38 @@ def _starting_centroids(
 
 def _update(profiles: Tensor, alive: Tensor, labels: Tensor, means: Tensor) -> Tensor:
     """Average the live points of each cluster; clusters without any keep their centroid."""
-    index = labels[:, :, None].expand_as(profiles)
-    sums = torch.zeros_like(means).scatter_add_(1, index, profiles)
-    sizes = torch.zeros_like(means[:, :, 0]).scatter_add_(1, labels, alive.to(means.dtype))[:, :, None]
+    sums, sizes = _sums(profiles, labels, alive, means.shape[1])
     return torch.where(sizes > 0, sums / sizes.clamp(min=1.0), means)
+
+
+def _sums(profiles: Tensor, labels: Tensor, alive: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """Add up the points of each cluster, (B, K, D), and count the live ones, (B, K, 1)."""
+    size = (len(profiles), num_clusters)
+    if profiles.is_cuda:  # a product, since atomic additions there come in any order
+        clusters = torch.arange(num_clusters, device=profiles.device)[:, None]
+        block = max(1, _BLOCK // (num_clusters * profiles.shape[1]))
+        parts = zip(labels.split(block), profiles.split(block), strict=True)
+        sums = torch.cat([(row[:, None] == clusters).to(some.dtype) @ some for row, some in parts])
+    else:
+        index = labels + num_clusters * torch.arange(len(profiles))[:, None]
+        sums = profiles.new_zeros(len(profiles) * num_clusters, profiles.shape[2])
+        sums = sums.index_add_(0, index.flatten(), profiles.flatten(0, 1)).reshape(*size, -1)
+    sizes = profiles.new_zeros(size).scatter_add_(1, labels, alive.to(profiles.dtype))
+    return sums, sizes[:, :, None]
 
 
 def _repair_all(
     profiles: Tensor, alive: Tensor, labels: Tensor, num_clusters: int, min_share: float, max_share: float
 ) -> Tensor:
-    """Repair each problem on the host; those that need none cost little."""
-    labels = labels * alive
-    points, host, living = profiles.cpu().numpy(), labels.cpu().numpy(), alive.cpu().numpy()
-    for row, point, lives in zip(host, points, living, strict=True):
-        if lives.any():
-            count = min(num_clusters, int(lives.sum()))
-            row[lives] = repair(point[lives], row[lives], count, min_share, max_share)
-    return torch.from_numpy(host).to(labels.device)
+    """Repair on the host the problems that need it."""
+    labels, live = labels * alive, alive.sum(1)
+    sizes = labels.new_zeros(len(labels), num_clusters).scatter_add_(1, labels, alive.to(labels.dtype))
+    smallest = (min_share * live.double() / num_clusters).floor().clamp(min=1.0)
+    largest = max_share * live.double() / num_clusters
+    needy = (live > 0) & ((sizes.amin(1) < smallest) | (sizes.amax(1) > largest))
+    for index in needy.nonzero().flatten().tolist():
+        lives = alive[index]
+        points, row = profiles[index, lives].cpu().numpy(), labels[index, lives].cpu().numpy()
+        row = repair(points, row, min(num_clusters, len(points)), min_share, max_share)
+        labels[index, lives] = torch.from_numpy(row).to(labels.device)
+    return labels

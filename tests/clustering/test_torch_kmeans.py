@@ -95,8 +95,9 @@ def test_starting_points_are_live_and_distinct():
         assert which[:, 0].tolist() == [*range(1, 60, 2)]
 
 
-def test_problems_that_share_a_block_start_alike_and_end_as_alone():
-    profiles, clusterer = make_profiles(), TorchKMeans(tolerance=0.0)
+@pytest.mark.parametrize("tolerance", [0.0, 5e-3, 5e-2])
+def test_problems_that_share_a_block_start_alike_and_end_as_alone(tolerance):
+    profiles, clusterer = make_profiles(8), TorchKMeans(tolerance=tolerance)
     alone = torch.cat([clusterer.fit(some, 7) for some in profiles.split(1)])
     assert torch.equal(clusterer.fit(profiles, 7), alone)
 
