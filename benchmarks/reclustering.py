@@ -37,7 +37,7 @@ class Settings:
 
     Args:
         quick: the digits and two sizes, few samples and maps: a check that takes a minute.
-        part: of the benchmark: layers of a "trained" network, "random" fields, the whole "model" ResNet-50, or
+        part: layers of a "trained" network, "random" fields, the whole "model" ResNet-50, or
             the "stall" of training; all by default.
         model: a ResNet that timm knows, whose first layers are clustered.
         data: what it is trained on.
