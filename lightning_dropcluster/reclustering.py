@@ -162,7 +162,7 @@ def cluster_share(
         if mine.stop > mine.start:
             old = old_tables[name].reshape(problems, items)[mine] if name in old_tables else None
             try:
-                profiles = sketch.profiles()[mine]
+                profiles = sketch.profiles(mine)
                 if memory is not None:
                     seen = int(sketch.count) * sketch.observations
                     profiles = memory.blend(name, profiles, observations=seen, first=mine.start)

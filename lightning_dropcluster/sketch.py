@@ -5,7 +5,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_dropcluster.scopes import SCOPES, Shape
 
@@ -15,6 +14,7 @@ ADDITIVE = ("moments", "sums", "column_sums", "count")
 _WORD = 0xFFFFFFFF
 _HUGE = 1e18  # squares of larger values overflow
 _SLICE = 2**21  # values that stay in the cache of a CPU while they are added
+_TINY = torch.finfo(torch.float32).tiny
 _Number = TypeVar("_Number", int, Tensor)
 
 
@@ -156,19 +156,26 @@ class Sketch(nn.Module):
         """
         return bool((self.moments.abs() < _HUGE).all() & (self.sums.abs() < _HUGE).all())
 
-    def profiles(self) -> Tensor:
+    def profiles(self, problems: slice = slice(None)) -> Tensor:
         """Return the centred profiles at unit length: squared distances are 2 - 2 x correlation.
+
+        Args:
+            problems: which of the problems.
 
         Returns:
             (B, F, D) float32 with the problems B and items F of the scope; all zero for items that never
             changed.
         """
+        num_problems, items = self.scope.problems(self.shape)
+        block = slice(*(items * bound for bound in problems.indices(num_problems)[:2]))
+        moments, sums = self.moments[:, block], self.sums[block]
         rows = max(1, int(self.count) * self.observations)
-        centred = self.moments.addr(self.column_sums, self.sums / rows, alpha=-1.0)
+        centred = moments.addr(self.column_sums, sums / rows, alpha=-1.0)
+        # In place, since fresh memory of this size costs more than the arithmetic.
+        centred.div_(torch.linalg.vector_norm(centred, dim=0).clamp_(min=_TINY))
         # Relative to the first observation, an item that never changed is zero to the last bit.
-        alive = self.moments.any(0)
-        unit = F.normalize(centred, dim=0, eps=torch.finfo(torch.float32).tiny) * alive
-        return unit.T.reshape(*self.scope.problems(self.shape), self.sketch_dim)
+        centred.masked_fill_(~moments.any(0), 0.0)
+        return centred.T.reshape(-1, items, self.sketch_dim).contiguous()
 
     def _places(self, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
         """Whether each new row counts (1.0 or 0.0), its column, and its sign there (0.0 if it does not)."""

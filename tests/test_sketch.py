@@ -277,6 +277,13 @@ def test_compiled_update_equals_eager_without_a_graph_break(scope, sketch_dim):
     assert traced.count == 24
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("block", [slice(0, 1), slice(1, 2), slice(0, 0), slice(None)])
+def test_profiles_of_some_problems_are_those_of_all(scope, block):
+    sketch = gather([make_x()], scope=scope)
+    assert torch.equal(sketch.profiles(block), sketch.profiles()[block])
+
+
 def test_an_unknown_scope_raises():
     with pytest.raises(KeyError, match="pixel"):
         Sketch((2, 3), scope="pixel")

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import faiss  # isort: skip
+from lightning_dropcluster.clustering.protocol import is_alive
 from lightning_dropcluster.clustering.repair import Labels, Points, centroids, repair
 from lightning_dropcluster.clustering.torch_kmeans import KMeans
 
@@ -48,14 +49,15 @@ class FaissKMeans(KMeans):
         if profiles.is_cuda and faiss.get_num_gpus() > 0:
             return self._lloyd(profiles, num_clusters, init_labels, grid, assign_on_gpu)
         start, max_iter = self._start(profiles, num_clusters, init_labels, grid)
-        points = profiles.detach().cpu().float().contiguous().numpy()
+        host = profiles.detach().cpu().float().contiguous()
+        points, alive = host.numpy(), is_alive(host).numpy()
         old = None if start is None else start.cpu().numpy()
         labels = np.zeros(points.shape[:2], dtype=np.int64)
 
         def fit_some(problems: NDArray[np.int64]) -> None:
             for index in problems:
                 first = None if old is None else old[index]
-                labels[index] = self._fit_one(num_clusters, max_iter, points[index], first)
+                labels[index] = self._fit_one(num_clusters, max_iter, points[index], alive[index], first)
 
         threads = torch.get_num_threads()
         workers = min(threads, len(points))
@@ -67,13 +69,17 @@ class FaissKMeans(KMeans):
         return torch.from_numpy(labels).to(profiles.device)
 
     def _fit_one(
-        self, num_clusters: int, max_iter: int, points: Points, old: NDArray[np.int64] | None
+        self,
+        num_clusters: int,
+        max_iter: int,
+        points: Points,
+        alive: NDArray[np.bool_],
+        old: NDArray[np.int64] | None,
     ) -> Labels:
         """Cluster the live items of one problem; dead ones get label 0."""
-        alive = points.any(axis=1)
         labels = np.zeros(len(points), dtype=np.int64)
         if alive.any():
-            live = np.ascontiguousarray(points[alive])
+            live = points if alive.all() else np.ascontiguousarray(points[alive])
             count = min(num_clusters, len(live))
             start = None if old is None else self._centroids(live, old[alive], num_clusters, count)
             found = self._k_means(live, count, max_iter, start)

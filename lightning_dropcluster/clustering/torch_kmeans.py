@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_dropcluster.clustering.protocol import is_alive
 from lightning_dropcluster.clustering.repair import repair
 from lightning_dropcluster.clustering.tiles import tile
 
@@ -149,7 +150,7 @@ def lloyd(
     Returns:
         int64 labels (B, F); of dead items 0.
     """
-    alive = profiles.any(dim=2)
+    alive = is_alive(profiles)
     means = _starting_centroids(profiles, alive, num_clusters, init_labels, seed)
     points, lives, going = profiles, alive, torch.arange(len(profiles), device=profiles.device)
     labels, distances = assign(points, means)
