@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else idle threads spin, v
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import mean, median
 from typing import Any, Literal
@@ -67,11 +67,15 @@ class Settings:
 
 @dataclass
 class Runs:
-    """What one case did: bytes added at the peak of its warm-up, then seconds and labels of every run."""
+    """What one case did: bytes added at the peak of its warm-up, then seconds and labels of every run.
+
+    Processor seconds are those of all threads together; other work on the machine does not stretch them.
+    """
 
     added_bytes: int | None
-    seconds: list[float]
-    labels: list[Any]
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    labels: list[Any] = field(default_factory=list)
 
 
 def run_alternating(
@@ -87,14 +91,15 @@ def run_alternating(
     Returns:
         Name to runs.
     """
-    runs = {name: Runs(added_memory(partial(fit, 0), device), [], []) for name, fit in cases.items()}
+    runs = {name: Runs(added_memory(partial(fit, 0), device)) for name, fit in cases.items()}
     for seed in range(1, repeats + 1):
         for name, fit in cases.items():
-            started = time.perf_counter()
+            started, processor = time.perf_counter(), time.process_time()
             labels = fit(seed)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             runs[name].seconds.append(time.perf_counter() - started)
+            runs[name].cpu_seconds.append(time.process_time() - processor)
             runs[name].labels.append(labels)
     return runs
 
@@ -117,6 +122,7 @@ def layer_records(acts: Activations, settings: Settings) -> Iterator[dict[str, A
     runs |= run_alternating(by_ward(profiles[: max(2, len(profiles) // 16)], acts), 2, device)
     base = [inertia(profiles, labels) for labels in runs[SKLEARN].labels]
     base_seconds = median(runs[SKLEARN].seconds) / len(profiles)
+    base_cpu = median(runs[SKLEARN].cpu_seconds) / len(profiles)
     for name, run in runs.items():
         maps = len(run.labels[0])
         found = mean(inertia(profiles[:maps], labels).sum().item() for labels in run.labels)
@@ -128,6 +134,7 @@ def layer_records(acts: Activations, settings: Settings) -> Iterator[dict[str, A
             **timing(run),
             "ms_per_map": round(1e3 * median(run.seconds) / maps, 4),
             "times_faster": round(base_seconds * maps / median(run.seconds), 2),
+            "times_less_cpu": round(base_cpu * maps / median(run.cpu_seconds), 2),
             "inertia": round(found, 3),
             "inertia_ratio": round(found / mean(values[:maps].sum().item() for values in base), 4),
             "agreement": round(adjusted_rand_index(run.labels[0], run.labels[1]), 4),
@@ -207,6 +214,7 @@ def timing(run: Runs) -> dict[str, Any]:
     return {
         "median_s": round(median(run.seconds), 5),
         "range_s": [round(min(run.seconds), 5), round(max(run.seconds), 5)],
+        "median_cpu_s": round(median(run.cpu_seconds), 5),
         "repeats": len(run.seconds),
         "added_bytes": run.added_bytes,
     }
