@@ -1,4 +1,7 @@
-"""How the cost of gathering and reclustering grows: one quantity at a time, and the exponent of each law."""
+"""How the cost of gathering and reclustering grows: one quantity at a time, and the exponent of each law.
+
+Costs are processor seconds, which other work on the machine does not stretch.
+"""
 
 from __future__ import annotations
 
@@ -92,12 +95,12 @@ def ladders(side: int, quick: bool) -> dict[str, list[tuple[int, Load]]]:
 
 
 def growth(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Measure one process: seconds to gather and to cluster, and the bytes of the sketches."""
+    """Measure one process: processor seconds to gather and to cluster, and the bytes of the sketches."""
     for quantity, ladder in ladders(settings.side, settings.quick).items():
         rows = [{"value": value, **measure(load, settings.repeats)} for value, load in ladder]
         for row in rows:
             yield {"benchmark": "scaling", "over": quantity, **row, "repeats": settings.repeats}
-        names = ("gather_s", "cluster_s", "bytes")
+        names = ("gather_cpu_s", "cluster_cpu_s", "bytes")
         yield {"benchmark": "law", "over": quantity, **{name: exponent(rows, name) for name in names}}
 
 
@@ -106,8 +109,8 @@ def measure(load: Load, repeats: int) -> dict[str, float]:
     batch = load.batch()
     sketches = load.gather(batch)
     return {
-        "gather_s": timed(lambda: load.gather(batch), repeats),
-        "cluster_s": timed(lambda: load.cluster(sketches), repeats),
+        "gather_cpu_s": timed(lambda: load.gather(batch), repeats),
+        "cluster_cpu_s": timed(lambda: load.cluster(sketches), repeats),
         "bytes": held_bytes(sketches),
     }
 
@@ -118,12 +121,12 @@ def held_bytes(sketches: dict[str, Sketch]) -> int:
 
 
 def timed(work: Callable[[], Any], repeats: int) -> float:
-    """Return the median seconds of a few runs, after one that warms up."""
+    """Return the median processor seconds, of all threads, of a few runs after one that warms up."""
     seconds = []
     for _ in range(repeats + 1):
-        started = time.perf_counter()
+        started = time.process_time()
         work()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     return round(median(seconds[1:]), 5)
 
 
@@ -157,14 +160,9 @@ def work_as_rank(rank: int, size: int, load: Load, repeats: int, folder: str) ->
         for sketch in sketches.values():
             merge_over_ranks(sketch)
 
-    def cpu() -> float:
-        started = time.process_time()
-        load.cluster(sketches)
-        return time.process_time() - started
-
     cost = {
-        "merge_s": timed(merge, repeats),
-        "cluster_cpu_s": round(median(cpu() for _ in range(repeats)), 5),
+        "merge_cpu_s": timed(merge, repeats),
+        "cluster_cpu_s": timed(lambda: load.cluster(sketches), repeats),
         "merged_bytes": held_bytes(sketches),
     }
     torch.save(cost, Path(folder) / f"{rank}.pt")
