@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from statistics import linear_regression, median
 from typing import Any
@@ -172,7 +173,7 @@ def work_as_rank(rank: int, size: int, load: Load, repeats: int, folder: str) ->
 def main(settings: Settings) -> None:
     """Measure, and write a line for each value and each law."""
     origin = provenance()
-    for record in (*growth(settings), *ranks(settings)):
+    for record in chain(growth(settings), ranks(settings)):
         write_line({**record, **origin}, settings.out)
 
 
