@@ -20,6 +20,9 @@ CONV_LAYERS: tuple[type[nn.Module], ...] = (
 Pattern = str | Callable[[str, nn.Module], bool]
 LayerTypes = type[nn.Module] | Sequence[type[nn.Module]]
 
+LEARNED_CHILD = "structured_dropout"
+"""What a learned regulariser is called inside its layer; it is no layer of the model itself."""
+
 # Wrappers put these segments into names; users write the names of the model they know.
 _WRAPPER_SEGMENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _GLOB_TOKEN = re.compile(r"(?<![^.])\*\*\.|\*\*|\*|\?|\[!?[^\]!][^\]]*\]|.", re.DOTALL)
@@ -166,7 +169,9 @@ def _module_names(root: nn.Module) -> dict[str, nn.Module]:
     """Name every module; of a wrapper and what it wraps, the inner one keeps the common name."""
     names: dict[str, nn.Module] = {}
     for name, module in root.named_modules(remove_duplicate=False):
-        names[".".join(part for part in name.split(".") if part not in _WRAPPER_SEGMENTS)] = module
+        parts = [part for part in name.split(".") if part not in _WRAPPER_SEGMENTS]
+        if LEARNED_CHILD not in parts:
+            names[".".join(parts)] = module
     return names
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from lightning_dropcluster import ranks
 from lightning_dropcluster.injection import Injection
+from lightning_dropcluster.layers import LEARNED_CHILD
+from lightning_dropcluster.regularizers import ClusterDrop, Regularizer
 from lightning_dropcluster.regularizers.making import (
     Source,
     check_setting,
@@ -18,8 +20,6 @@ from lightning_dropcluster.regularizers.making import (
     own_drop_prob,
 )
 from lightning_dropcluster.regularizers.switch import Switch
-
-_CHILD = "structured_dropout"  # what a learned regulariser is called inside its layer
 
 
 class RegularizedLayers:
@@ -59,7 +59,7 @@ class RegularizedLayers:
                 regularizer = self._make(name, layer)
                 if is_learned(regularizer):
                     weight = next(layer.parameters(), torch.empty(0))
-                    layer.add_module(_CHILD, regularizer.to(weight.device))
+                    layer.add_module(LEARNED_CHILD, regularizer.to(weight.device))
 
     def attach(self, root: nn.Module, modules: Mapping[str, nn.Module], device: torch.device) -> None:
         """Hook the layers; those whose regulariser was forgotten get a new one.
@@ -153,14 +153,15 @@ class RegularizedLayers:
                 ) from error
 
     def _is_registered(self, name: str, layer: nn.Module) -> bool:
-        child = layer._modules.get(_CHILD)
+        child = layer._modules.get(LEARNED_CHILD)
         return child is not None and child is self.regularizers.get(name)
 
     def _make(self, name: str, layer: nn.Module) -> nn.Module:
         """Make the regulariser of a layer, and note its full drop probability."""
         regularizer = make_regularizer(self.source, layer, name)
-        if hasattr(regularizer, "shift"):  # so that ranks that are seeded alike do not drop alike
-            regularizer.shift = 0.618 * ranks.rank() % 1.0  # pyright: ignore[reportArgumentType]
+        for part in regularizer.modules():
+            if isinstance(part, ClusterDrop | Regularizer):
+                part.shift = 0.618 * ranks.rank() % 1.0  # ranks that are seeded alike must not drop alike
         check_setting("drop_prob", self.drop_prob, regularizer)
         full = own_drop_prob(regularizer) if self.drop_prob is None else self.drop_prob
         if is_steered(regularizer) and math.isnan(full):
@@ -178,4 +179,4 @@ def unregister(model: nn.Module) -> None:
         model: any.
     """
     for module in list(model.modules()):
-        module._modules.pop(_CHILD, None)
+        module._modules.pop(LEARNED_CHILD, None)

@@ -355,6 +355,13 @@ def test_learned_regularisers_stay_in_a_second_fit_and_do_not_in_another_model(l
     assert another.model.conv1.structured_dropout is not gate
 
 
+def test_layers_inside_a_learned_regulariser_are_not_picked(loader):
+    callback, names = StructuredDropout("layer1.**", lambda channels: nn.Conv2d(channels, channels, 1)), []
+    look = At(lambda *_: names.append(list(callback.regularizers)))
+    make_trainer(callback, look, max_epochs=1).fit(Classifier(), loader)
+    assert names[-1] == [f"model.layer1.0.{conv}" for conv in ("conv1", "conv2", "downsample.0")]
+
+
 def test_an_optimiser_of_the_inner_model_alone_learns_them(loader):
     class Inner(Classifier):
         def configure_optimizers(self):
@@ -421,7 +428,7 @@ def test_copies_of_a_model_in_training_do_not_drop(loader):
 
 def train_on_ranks(regularizer: str) -> dict:
     pl.seed_everything(0, verbose=False)
-    made = {"learned": Gate, "modules": "spatial_dropout"}[regularizer]
+    made = {"learned": Gate, "modules": nn.Sequential(SpatialDropout(0.5))}[regularizer]
     callback, module, masks = StructuredDropout("conv1", made), Classifier(), []
     module.model.bn1.register_forward_pre_hook(lambda m, args: masks.append((args[0] == 0).flatten(2).all(2)))
     make_trainer(callback, max_epochs=2, strategy=DDPStrategy(), devices=2).fit(module, make_loader())

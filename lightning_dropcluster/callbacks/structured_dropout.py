@@ -163,7 +163,8 @@ class StructuredDropout(LayerCallback):
     def _check_copies(self, trainer: "Trainer") -> None:
         """Weight averaging copies the model in setup: the copy must have the parameters too."""
         every: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
-        early = [other for other in every[: every.index(self)] if getattr(other, "_average_model", None)]
+        earlier = every[: every.index(self)]
+        early = [other for other in earlier if getattr(other, "_average_model", None) is not None]
         if early and self._layers.are_learned:
             raise ValueError(
                 f"regularizer={self.regularizer!r}: has parameters; list this callback before "
