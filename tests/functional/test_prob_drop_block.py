@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_dropcluster.functional import drop_block, expected_drop_rate, prob_drop_block
+from lightning_dropcluster.functional.prob_drop_block import relative_salience
 
 
 def reference(x, drop_prob, block_size, per_map, uniform):
@@ -63,6 +64,11 @@ def test_each_feature_drops_in_proportion_to_its_magnitude():
     x = torch.tensor([1.0, -2.0, 3.0, 6.0]).expand(1, 20_000, 4)
     rates = (prob_drop_block(x, 0.2, 1) == 0).float().mean((0, 1))
     torch.testing.assert_close(rates, 0.2 * x[0, 0].abs() / 3, atol=0.01, rtol=0)
+
+
+def test_maps_of_zeros_have_the_salience_of_any_other():
+    x = torch.stack([torch.zeros(5, 5), torch.ones(5, 5)])[None]
+    assert torch.equal(relative_salience(x, (3, 3), (3, 3)), torch.ones(1, 2, 3, 3))
 
 
 def test_lowers_the_mean_magnitude_as_documented():
