@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else idle threads spin, v
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import timm
@@ -16,6 +17,7 @@ from latency import DROP_PROB, clustered, dropping
 from record import parse, provenance, write_line
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 from lightning_dropcluster import select_layers
 from lightning_dropcluster.sketch import Sketch
@@ -58,13 +60,17 @@ def saved_bytes(step: Callable[[], None]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
-def peak_bytes(step: Callable[[], None], device: torch.device) -> int | None:
-    """Return the peak of a GPU's memory over a step; ``None`` on a CPU, which keeps no such count."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return torch.cuda.max_memory_allocated()
+def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
+    """Return the most memory that a step holds at a time, above what is held before it."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - held
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 def step_records(settings: Settings, device: torch.device) -> list[dict[str, Any]]:
@@ -79,6 +85,7 @@ def step_records(settings: Settings, device: torch.device) -> list[dict[str, Any
         model(images).mean().backward()
 
     layers = clustered(model, modules, step, device)
+    peak_bytes(step, device)  # the first profiled step counts differently
     features = sum(clusters.labels.numel() for clusters in layers.clusters.values())
     activations = 4 * settings.batch_size * features
     plain = {"saved for backward": saved_bytes(step), "peak": peak_bytes(step, device)}
@@ -88,9 +95,8 @@ def step_records(settings: Settings, device: torch.device) -> list[dict[str, Any
     tables = sum(buffer_bytes(drop) for drop in layers.regularizers.values())
     records = [{"case": "labels and sizes", "bytes": tables, "ratio": tables / activations}]
     for case, before in plain.items():
-        after = with_clusters[case]
-        if before is not None and after is not None:
-            records.append({"case": case, "bytes": after - before, "ratio": (after - before) / activations})
+        added = with_clusters[case] - before
+        records.append({"case": case, "bytes": added, "ratio": added / activations})
     what = {"model": settings.model, "layers": settings.layers, "batch_size": settings.batch_size}
     return [{**what, "masked_bytes": activations, "goal": GOAL, **record} for record in records]
 
