@@ -152,7 +152,7 @@ def cluster_share(
         Name to labels (B, F) int32; problems of other ranks are 0.
     """
     shares = {}
-    whole = sum(len(sketch.moments) for sketch in sketches.values())
+    whole = sum(len(sketch.sums) for sketch in sketches.values())
     for position, (name, sketch) in enumerate(sketches.items()):
         if on_progress is not None:
             on_progress(name, sum(labels.numel() for labels in shares.values()) / whole)

@@ -138,7 +138,7 @@ def check(network: Network, options: dict, batch_size: int) -> None:
     hooks, keys = count_hooks(module), list(module.state_dict())
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="DropCluster: ")
+            warnings.filterwarnings("ignore", message="DropCluster: |start=")
             callback = DropCluster(**options)
             make_trainer(callback, max_epochs=2).fit(module, DataLoader(data, batch_size))
     except FileNotFoundError:

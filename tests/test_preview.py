@@ -122,7 +122,7 @@ def test_the_table_lists_each_layer_and_adds_up():
     assert lines[0].split() == ["layer", "type", "output", "features", "clusters", "sketch"]
     assert [line.split()[0] for line in lines[2:-2]] == [layer.name for layer in found.layers]
     assert "model.conv1" in lines[2]
-    assert lines[2].split()[1:] == ["Conv2d", "64×16×16", "16,384", "64", "×", "5", "4.4", "MB"]
+    assert lines[2].split()[1:] == ["Conv2d", "64×16×16", "16,384", "64", "×", "5", "4.3", "MB"]
     features = sum(layer.features for layer in found.layers)
     assert lines[-1].split() == [
         "4",
