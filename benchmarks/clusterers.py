@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import count
-from math import ceil
-
 import torch
 from torch import Generator, Tensor
 
 from lightning_dropcluster.clustering import Clusterer
+from lightning_dropcluster.clustering.tiles import tile
 
 
 class Shuffled:
@@ -40,7 +38,7 @@ class Shuffled:
 
 
 class Blocks:
-    """Square blocks of the grid, nearly equal in size and never changed."""
+    """The tiles of the grid where k-means starts, nearly square and equal in size, and never changed."""
 
     def fit(
         self,
@@ -49,15 +47,11 @@ class Blocks:
         init_labels: Tensor | None = None,
         grid: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """Cut the grid into at most `num_clusters` blocks; see `Clusterer.fit`.
+        """Cut the grid into blocks; see `Clusterer.fit`.
 
         Raises:
-            ValueError: if the items lie on no two-dimensional grid.
+            ValueError: if the items lie on no grid.
         """
-        if grid is None or len(grid) != 2:
-            raise ValueError(f"blocks need a grid of two dimensions, got {grid}")
-        height, width = grid
-        side = next(s for s in count(1) if ceil(height / s) * ceil(width / s) <= num_clusters)
-        rows, columns = torch.arange(height) // side, torch.arange(width) // side
-        labels = rows[:, None] * ceil(width / side) + columns
-        return labels.flatten().expand(len(profiles), -1).to(profiles.device)
+        if grid is None:
+            raise ValueError("blocks need a grid, got None")
+        return tile(grid, num_clusters).expand(len(profiles), -1).to(profiles.device)

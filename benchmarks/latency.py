@@ -19,6 +19,7 @@ import torch
 from record import parse, provenance, write_line
 from timm.layers.drop import DropBlock2d
 from torch import Tensor, nn
+from torch.profiler import profile
 
 from lightning_dropcluster import ClusterDrop, FaissKMeans, select_layers
 from lightning_dropcluster.clustered_layers import ClusteredLayers
@@ -46,10 +47,12 @@ class Settings:
         repeats: timed runs of each case.
         batch_size: images per training step.
         size: of the images in pixels; by default 224 on a GPU and 96 elsewhere.
+        profile: instead of timing, show what a step of the first model with and without dropping is made of.
         out: file to which the records are appended as well.
     """
 
     quick: bool = False
+    profile: bool = False
     repeats: int = 15
     batch_size: int = 16
     size: int | None = None
@@ -218,9 +221,23 @@ def op_cases(
     }
 
 
+def show_profile(cases: dict[str, Step], repeats: int) -> None:
+    """Print torch's profile of some steps without the callback, and of as many that drop clusters."""
+    for name in ("no callback", "DropCluster"):
+        cases[name]()
+        with profile() as profiled:
+            for _ in range(repeats):
+                cases[name]()
+        print(f"{repeats} steps, {name}")
+        print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
+
+
 def main(settings: Settings) -> None:
     """Time the models' steps and the operations, and write a line for each case."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if settings.profile:
+        show_profile(step_cases(*MODELS[0], settings, device), settings.repeats)
+        return
     repeats = min(settings.repeats, 3) if settings.quick else settings.repeats
     for name, pattern in MODELS[:1] if settings.quick else MODELS:
         seconds = time_alternating(step_cases(name, pattern, settings, device), repeats, device)

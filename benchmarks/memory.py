@@ -14,6 +14,7 @@ from typing import Any
 import timm
 import torch
 from latency import DROP_PROB, clustered, dropping
+from peak import added_gpu_memory
 from record import parse, provenance, write_line
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -63,10 +64,7 @@ def saved_bytes(step: Callable[[], None]) -> int:
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
     """Return the most memory that a step holds at a time, above what is held before it."""
     if device.type == "cuda":
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() - held
+        return added_gpu_memory(step)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     results: Any = profiled.profiler and profiled.profiler.kineto_results

@@ -26,10 +26,7 @@ def added_memory(work: Callable[[], Any], device: torch.device) -> int | None:
         Bytes; ``None`` where nobody counts.
     """
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
+        return added_gpu_memory(work)
     if not _RESET.exists():
         work()
         return None
@@ -37,6 +34,14 @@ def added_memory(work: Callable[[], Any], device: torch.device) -> int | None:
     before = _kilobytes("VmRSS")
     work()
     return 1024 * (_kilobytes("VmHWM") - before)
+
+
+def added_gpu_memory(work: Callable[[], Any]) -> int:
+    """Run something and return the bytes by which what torch holds on the GPU grew at the peak."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _kilobytes(field: str) -> int:

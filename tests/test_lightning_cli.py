@@ -2,11 +2,12 @@
 
 import importlib
 import inspect
-from collections.abc import Sequence
 
 import pytest
 import pytorch_lightning as pl
 from fits import Classifier, make_loader, make_trainer, tiny_resnet
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from pytorch_lightning.cli import LightningCLI
 from torch import nn
 from torch.nn import functional as F
@@ -120,57 +121,21 @@ def _arguments(callback):
             yield line.strip().split(": ", 1)
 
 
-class ConfigList(Sequence):
-    """A list as OmegaConf gives it: a sequence, but no list."""
+def test_hydra():
+    def get_class(path):
+        return {"_target_": "hydra.utils.get_class", "path": path}
 
-    def __init__(self, *items):
-        self.items = items
-
-    def __getitem__(self, index):
-        return self.items[index]
-
-    def __len__(self):
-        return len(self.items)
-
-
-def instantiate(config):
-    """Make an object of a config as Hydra does: ``_target_`` is called with the rest, inner ones first."""
-    made = {
-        key: instantiate(value) if isinstance(value, dict) and "_target_" in value else value
-        for key, value in config.items()
-    }
-    module, _, name = made.pop("_target_").rpartition(".")
-    return getattr(importlib.import_module(module), name)(**made)
-
-
-def test_hydras_containers_serve():
-    callback = instantiate(
-        {
-            "_target_": "lightning_dropcluster.DropCluster",
-            "layers": ConfigList("conv1", "layer1.*.conv2"),
-            "layer_types": ConfigList(nn.Conv2d, nn.BatchNorm2d),
-            "clusterer": {"_target_": "lightning_dropcluster.TorchKMeans", "max_iter": 3},
-            "start": 0.0,
-            "num_samples": 8,
-        }
-    )
-    make_trainer(callback, max_epochs=1).fit(Classifier(), make_loader())
-    assert list(callback.labels) == ["model.conv1", "model.layer1.0.conv2"]
-    assert callback._layers.clusterer.max_iter == 3
-
-
-def test_hydra_itself():
-    hydra = pytest.importorskip("hydra")
-    omegaconf = pytest.importorskip("omegaconf")
-    config = omegaconf.OmegaConf.create(
+    config = OmegaConf.create(
         {
             "_target_": "lightning_dropcluster.DropCluster",
             "layers": ["conv1", "layer1.*.conv2"],
+            "layer_types": [get_class("torch.nn.Conv2d"), get_class("torch.nn.BatchNorm2d")],
             "clusterer": {"_target_": "lightning_dropcluster.TorchKMeans", "max_iter": 3},
             "start": 0.0,
             "num_samples": 8,
         }
     )
-    callback = hydra.utils.instantiate(config)
+    callback = instantiate(config)
     make_trainer(callback, max_epochs=1).fit(Classifier(), make_loader())
     assert list(callback.labels) == ["model.conv1", "model.layer1.0.conv2"]
+    assert callback._layers.clusterer.max_iter == 3

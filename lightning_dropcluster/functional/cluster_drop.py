@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dropcluster.functional.masking import draw_uniform
+
 _SLICE = 2**21  # features whose mask, 8 MiB of float32, stays in the cache
 
 
@@ -82,10 +84,7 @@ def draw_keep_table(
         >>> draw_keep_table((2, 3, 4), 0.0).all().item()
         True
     """
-    uniform = torch.rand(shape, dtype=torch.float32, device=device)
-    if shift:
-        uniform = (uniform + shift) % 1.0
-    return uniform >= drop_prob
+    return draw_uniform(shape, device=device, shift=shift) >= drop_prob
 
 
 def cluster_sizes(labels: Tensor, num_groups: int, num_clusters: int) -> Tensor:
@@ -159,7 +158,7 @@ def _multiply_in_order(x: Tensor, index: Tensor, table: Tensor, inplace: bool) -
         return x.mul_(mask) if inplace else x * mask
     out = x if inplace else torch.empty_like(x)
     # A few samples at a time: their mask stays in the cache.
-    samples = max(1, _SLICE // index.numel()) if len(table) > 1 else len(x)
+    samples = max(1, _SLICE // max(1, index.numel())) if len(table) > 1 else len(x)
     for part, rows, target in zip(x.split(samples), table.split(samples), out.split(samples), strict=True):
         torch.mul(part, _look_up(rows, index), out=target)
     return out

@@ -1,4 +1,4 @@
-"""What the peers of DropCluster share: draw numbers, drop features, rescale what is kept."""
+"""What the methods share: draw numbers, drop features, rescale what is kept."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol

@@ -91,6 +91,12 @@ def test_every_scope_takes_its_own_table_shape(scope, spatial):
     torch.testing.assert_close(cluster_drop(x, labels, keep), cluster_drop(x, full, keep))
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)])
+def test_takes_activations_without_features(shape):
+    labels, keep = torch.zeros(shape[1:], dtype=torch.uint8), draw_keep_table((shape[0], 3, 2), 0.5)
+    assert cluster_drop(torch.ones(shape), labels, keep).shape == shape
+
+
 def test_takes_activations_without_spatial_dimensions():
     x, labels, keep = make_problem(spatial=(), scope="layer")
     torch.testing.assert_close(cluster_drop(x, labels, keep, scale=1.0), x * naive_mask(x, labels, keep))
