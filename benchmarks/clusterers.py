@@ -1,11 +1,11 @@
-"""Clusterers that know nothing of correlation: controls for what the learned clusters add."""
+"""Clusterers for comparisons: controls that know nothing of correlation, and ideas for better clusters."""
 
 from __future__ import annotations
 
 import torch
 from torch import Generator, Tensor
 
-from lightning_dropcluster.clustering import Clusterer
+from lightning_dropcluster.clustering import Clusterer, FaissKMeans
 from lightning_dropcluster.clustering.tiles import tile
 
 
@@ -55,3 +55,103 @@ class Blocks:
         if grid is None:
             raise ValueError("blocks need a grid, got None")
         return tile(grid, num_clusters).expand(len(profiles), -1).to(profiles.device)
+
+
+class RandomStart:
+    """K-means that starts from random items, never from tiles of the grid, and iterates to the end.
+
+    The package's own starts from tiles and stops early, which leaves clusters near tiles where neighbours are
+    alike; this one shows what k-means finds when it knows nothing of the grid.
+
+    Args:
+        seed: of the items taken for a start.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.kmeans = FaissKMeans(seed=seed, tolerance=0.0, warm_iter=25)
+
+    def fit(
+        self,
+        profiles: Tensor,
+        num_clusters: int,
+        init_labels: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Cluster without the grid; see `Clusterer.fit`."""
+        return self.kmeans.fit(profiles, num_clusters, init_labels, None)
+
+
+class MixedSizes:
+    """Clusters of another mean size at each reclustering: a bank of scales, drawn from over time.
+
+    Source of the idea: feature grouping (https://arxiv.org/abs/1807.11718) draws one of several clusterings
+    per step.
+
+    Args:
+        clusterer: finds the clusters.
+        seed: of the drawn sizes.
+        factors: by which the mean size may grow beyond what was asked for.
+    """
+
+    def __init__(self, clusterer: Clusterer, seed: int = 0, factors: tuple[int, ...] = (1, 4, 16)) -> None:
+        self.clusterer, self.factors = clusterer, factors
+        self.generator = Generator().manual_seed(seed)
+
+    def fit(
+        self,
+        profiles: Tensor,
+        num_clusters: int,
+        init_labels: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Cluster into fewer clusters by a drawn factor, always from a cold start; see `Clusterer.fit`."""
+        drawn = self.factors[int(torch.randint(len(self.factors), (), generator=self.generator))]
+        return self.clusterer.fit(profiles, max(1, num_clusters // drawn), None, grid)
+
+
+class Explained:
+    """The fewest clusters that explain a share of each problem's variance: large ones where items are alike.
+
+    Args:
+        clusterer: finds the clusters.
+        share: of the variance, in (0, 1).
+        factors: by which the number of clusters may fall below what was asked for, rising.
+    """
+
+    def __init__(
+        self, clusterer: Clusterer, share: float = 0.5, factors: tuple[int, ...] = (1, 2, 4, 8, 16)
+    ) -> None:
+        self.clusterer, self.share, self.factors = clusterer, share, factors
+
+    def fit(
+        self,
+        profiles: Tensor,
+        num_clusters: int,
+        init_labels: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Cluster each problem into as few clusters as will do, from a cold start; see `Clusterer.fit`."""
+        chosen = self.clusterer.fit(profiles, num_clusters, None, grid)
+        for factor in self.factors[1:]:
+            coarser = self.clusterer.fit(profiles, max(1, num_clusters // factor), None, grid)
+            will_do = explained_variance(profiles, coarser) >= self.share
+            chosen = torch.where(will_do[:, None], coarser, chosen)
+        return chosen
+
+
+def explained_variance(profiles: Tensor, labels: Tensor) -> Tensor:
+    """Measure how much of the variance of the items lies between their clusters.
+
+    Args:
+        profiles: (B, F, D).
+        labels: (B, F), integers >= 0.
+
+    Returns:
+        Shares in [0, 1], (B,); 1 where items do not vary.
+    """
+    centred = profiles.double() - profiles.double().mean(1, keepdim=True)
+    member = torch.nn.functional.one_hot(labels.long()).double()
+    means = member.mT @ centred / member.sum(1).clamp_min(1)[..., None]
+    total = centred.square().sum((1, 2))
+    between = (member.sum(1) * means.square().sum(2)).sum(1)
+    return torch.where(total > 0, between / total, 1.0)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
-from clusterers import Blocks, Shuffled
-from settings import Settings
+from clusterers import Blocks, Explained, MixedSizes, RandomStart, Shuffled
+from settings import ClustersName, Settings
 from torch import nn
 
 from lightning_dropcluster import REGULARIZERS, DropCluster, StructuredDropout
-from lightning_dropcluster.clustering import Clusterer, FaissKMeans
+from lightning_dropcluster.clustering import Clusterer, FaissKMeans, Ward
 
 UNHOOKED = ("none", "drop_path")
 WITH_BLOCKS = ("drop_block", "prob_drop_block", "corr_drop")
@@ -55,16 +56,21 @@ def _cluster_options(settings: Settings, clusterer: Clusterer | None) -> dict[st
         "scope": settings.scope,
         "every_n_epochs": settings.every_n_epochs,
         "num_samples": settings.num_samples,
+        "per_sample": settings.per_sample,
         "clusterer": clusterer or _clusterer(settings),
         "seed": settings.seed,
     }
 
 
-def _clusterer(settings: Settings) -> Clusterer | None:
-    if settings.clusters == "learned":
-        return None
-    return (
-        Blocks()
-        if settings.clusters == "blocks"
-        else Shuffled(FaissKMeans(seed=settings.seed), settings.seed)
-    )
+def _clusterer(settings: Settings) -> Clusterer:
+    seed = settings.seed
+    make: dict[ClustersName, Callable[[], Clusterer]] = {
+        "learned": lambda: FaissKMeans(seed=seed),
+        "shuffled": lambda: Shuffled(FaissKMeans(seed=seed), seed),
+        "blocks": Blocks,
+        "random-start": lambda: RandomStart(seed),
+        "ward": Ward,
+        "mixed-sizes": lambda: MixedSizes(FaissKMeans(seed=seed), seed),
+        "explained": lambda: Explained(FaissKMeans(seed=seed)),
+    }
+    return make[settings.clusters]()

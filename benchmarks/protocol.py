@@ -42,6 +42,8 @@ class Stage:
         tuning_seed: of the tuning runs; none of the final ones.
         validation_samples: how many training images, not trained on, tuning runs are scored on.
         rounds: (seeds, names of methods) of the final runs, in the order in which they are to be run.
+        explores: whether the final runs too are scored on validation images: to look around, and to leave the
+            test images to a later stage.
 
     Raises:
         ValueError: if grids differ in length, a seed serves twice, or a name is unknown.
@@ -52,6 +54,7 @@ class Stage:
     tuning_seed: int
     validation_samples: int
     rounds: Sequence[tuple[Sequence[int], Sequence[str]]]
+    explores: bool = False
 
     def __post_init__(self) -> None:
         lengths = {len(method.grid) for method in self.methods if method.grid}
@@ -67,20 +70,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run of a comparison."""
+    """One training run of a comparison, "tuning" or "final"."""
 
     method: str
     settings: Settings
+    phase: str
 
     @property
     def key(self) -> str:
         """What tells this run from others: all settings that matter."""
         return key(arguments(self.settings))
-
-    @property
-    def phase(self) -> str:
-        """Whether it is a "tuning" or a "final" run."""
-        return "final" if self.settings.validation_samples is None else "tuning"
 
 
 def key(listed: dict[str, Any]) -> str:
@@ -133,10 +132,11 @@ def choose(stage: Stage, records: Iterable[Record]) -> dict[str, dict[str, Any]]
 
 
 def final_runs(stage: Stage, records: Iterable[Record]) -> list[Run]:
-    """List the runs that are scored on the test images, in the order of the rounds."""
+    """List the runs with the chosen settings and fresh seeds, in the order of the rounds."""
     chosen, methods = choose(stage, records), {method.name: method for method in stage.methods}
+    base = replace(stage.base, **_aside(stage)) if stage.explores else stage.base
     return [
-        Run(name, replace(stage.base, **methods[name].fixed, **chosen[name], seed=seed))
+        Run(name, replace(base, **{**methods[name].fixed, **chosen[name]}, seed=seed), "final")
         for seeds, names in stage.rounds
         for seed in seeds
         for name in names
@@ -144,9 +144,10 @@ def final_runs(stage: Stage, records: Iterable[Record]) -> list[Run]:
 
 
 def _tuning_run(stage: Stage, method: Method, change: dict[str, Any]) -> Run:
-    aside = {
-        "validation_samples": stage.validation_samples,
-        "corrupted_samples": 0,
-        "seed": stage.tuning_seed,
-    }
-    return Run(method.name, replace(stage.base, **method.fixed, **change, **aside))
+    changes = {**method.fixed, **change, **_aside(stage), "seed": stage.tuning_seed}
+    return Run(method.name, replace(stage.base, **changes), "tuning")
+
+
+def _aside(stage: Stage) -> dict[str, Any]:
+    """Settings that leave the test images alone."""
+    return {"validation_samples": stage.validation_samples, "corrupted_samples": 0}

@@ -83,21 +83,36 @@ def collect(stage: Stage, records: Sequence[Record], metric: Metric) -> Values:
 
 def markdown(stage: Stage, records: Sequence[Record]) -> Iterator[str]:
     """Yield the lines of three tables: tuning, means over seeds, and differences paired by seed."""
-    yield from tuning_table(stage, records)
-    yield ""
-    columns = {metric: collect(stage, records, metric) for metric in METRICS}
-    yield from _header("method", "seeds", *(metric.name for metric in METRICS))
+    if tuning_runs(stage):
+        yield from tuning_table(stage, records)
+        yield ""
+    columns = {metric: collect(stage, records, metric) for metric in metrics(stage)}
+    yield from _header("method", "seeds", *(metric.name for metric in columns))
     for method, by_seed in columns[METRICS[0]].items():
-        cells = [_cell(estimate(list(columns[m][method].values())), m.digits) for m in METRICS]
+        cells = [_cell(estimate(list(of[method].values())), metric.digits) for metric, of in columns.items()]
         yield _row(method, str(len(by_seed)), *cells)
-    reference = stage.methods[0].name
     yield ""
-    yield from _header(f"{reference} less", "pairs", *(metric.name for metric in METRICS))
-    for method in [name for name in columns[METRICS[0]] if name != reference]:
-        pairs = [difference(columns[m].get(reference, {}), columns[m][method]) for m in METRICS]
-        cells = [_cell(pair, m.digits, signed=True) for pair, m in zip(pairs, METRICS, strict=True) if pair]
+    yield from _header("difference", "pairs", *(metric.name for metric in columns))
+    for method, less in compared(stage):
+        pairs = {m: difference(of.get(method, {}), of.get(less, {})) for m, of in columns.items()}
+        cells = [_cell(pair, m.digits, signed=True) for m, pair in pairs.items() if pair]
         if cells:
-            yield _row(method, str(pairs[0].count if pairs[0] else 0), *cells)
+            count = max(pair.count for pair in pairs.values() if pair)
+            yield _row(f"{method} less {less}", str(count), *cells)
+
+
+def metrics(stage: Stage) -> tuple[Metric, ...]:
+    """List the numbers that the stage's final runs have."""
+    explores = stage.explores or stage.base.corrupted_samples == 0
+    return METRICS[:3] if explores else METRICS
+
+
+def compared(stage: Stage) -> list[tuple[str, str]]:
+    """List which method is set against which: each against its control, and the first against all."""
+    controls = [(method.like, method.name) for method in stage.methods if method.like]
+    first = stage.methods[0].name
+    others = [(first, method.name) for method in stage.methods if method.name != first]
+    return [*controls, *(pair for pair in others if pair not in controls)]
 
 
 def tuning_table(stage: Stage, records: Sequence[Record]) -> Iterator[str]:
@@ -116,11 +131,11 @@ def draw(stage: Stage, records: Sequence[Record]) -> Figure:
     """Draw each metric in a panel: a method a row, a dot per seed, the mean with its 95 % interval."""
     from matplotlib.figure import Figure
 
-    columns = {metric: collect(stage, records, metric) for metric in METRICS}
-    methods = list(columns[METRICS[0]])
-    figure = Figure(figsize=(12, 2 + 0.7 * len(methods)), layout="constrained")
-    axes = figure.subplots(2, 3, sharey=True)
-    for axis, metric in zip(axes.flat, METRICS, strict=True):
+    columns = {metric: collect(stage, records, metric) for metric in metrics(stage)}
+    methods, rows = list(columns[METRICS[0]]), len(columns) // 3
+    figure = Figure(figsize=(12, 1 + rows * (0.5 + 0.35 * len(methods))), layout="constrained")
+    axes = figure.subplots(rows, 3, sharey=True, squeeze=False)
+    for axis, metric in zip(axes.flat, columns, strict=True):
         for row, method in enumerate(methods):
             values = list(columns[metric][method].values())
             mean = estimate(values)

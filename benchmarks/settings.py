@@ -20,6 +20,7 @@ RegularizerName = Literal[
     "advanced_dropout",
     "drop_path",
 ]
+ClustersName = Literal["learned", "shuffled", "blocks", "random-start", "ward", "mixed-sizes", "explained"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +50,15 @@ class Settings:
         block_size: side of the blocks of "drop_block", "prob_drop_block" and "corr_drop".
         pair_weight: above 0, train by R-Block: on each batch and a copy of it from which other features are
             dropped, with this weight of their disagreement.
-        clusters: of "dropcluster": "learned"; or as controls "shuffled", sizes as learned but members drawn
-            at random, and "blocks", fixed squares.
+        clusters: of "dropcluster": "learned"; as controls "shuffled", sizes as learned but members drawn at
+            random, and "blocks", fixed squares; "random-start", by k-means from random features, not from
+            squares, and to the end; "ward", connected ones; as ideas "mixed-sizes" and "explained", see
+            `clusterers.py`.
         cluster_size: mean number of features per cluster.
         scope: what is grouped: features within each "map", "position"s, whole "channel"s, or the "layer".
         every_n_epochs: epochs between two clusterings; 0 to keep the first.
         num_samples: training images seen by each clustering.
+        per_sample: draw what "dropcluster" drops for each image, or once for the whole batch.
         epochs: passes over the training images, at least 1.
         batch_size: images per step, at least 1.
         lr: peak of the one-cycle learning rate, above 0.
@@ -83,11 +87,12 @@ class Settings:
     schedule: Literal["linear", "constant", "cosine"] = "linear"
     block_size: int = 7
     pair_weight: float = 0.0
-    clusters: Literal["learned", "shuffled", "blocks"] = "learned"
+    clusters: ClustersName = "learned"
     cluster_size: int | float | None = None
     scope: Literal["map", "position", "layer", "channel"] = "map"
     every_n_epochs: int = 5
     num_samples: int = 1024
+    per_sample: bool = True
     epochs: int = 10
     batch_size: int = 128
     lr: float = 0.1

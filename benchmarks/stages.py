@@ -8,7 +8,9 @@ from typing import Any, Literal
 from protocol import Method, Stage
 from settings import Settings
 
-StageName = Literal["quick", "stem-2000", "stem-5000", "act-2000", "ablation-2000", "rest-2000"]
+StageName = Literal[
+    "quick", "stem-2000", "stem-5000", "act-2000", "ablation-2000", "rest-2000", "places-1000"
+]
 
 QUICK = Stage(
     base=Settings(
@@ -130,6 +132,42 @@ REST_2000 = replace(
 )
 """The other peers. Advanced Dropout learns its parameters, at the learning rate of the network."""
 
+PLACES: dict[str, dict[str, Any]] = {
+    "stem, before norm": {"layers": "conv1"},
+    "stem, after act": {"layers": "act1", "any_layer": True},
+    "blocks, before norm": {"layers": "layer[1-3].0.conv2"},
+    "blocks, after add and act": {"layers": "layer[1-3].0.act2", "any_layer": True},
+}
+"""Where to drop. After the addition no shortcut carries past what was dropped."""
+GROUPINGS: dict[str, dict[str, Any]] = {
+    "map": {"scope": "map", "cluster_size": 16},
+    "layer": {"scope": "layer", "cluster_size": 128},
+    "channel": {"scope": "channel", "cluster_size": 4},
+}
+
+
+def _places() -> Stage:
+    methods = [Method("none")]
+    for place, where in PLACES.items():
+        methods.append(Method(f"{place}: Dropout", {"regularizer": "dropout", **where}))
+        for grouping, what in GROUPINGS.items():
+            name, fixed = f"{place}: {grouping}", {"regularizer": "dropcluster", **where, **what}
+            methods.append(Method(name, fixed))
+            methods.append(Method(f"{name}, shuffled", {**fixed, "clusters": "shuffled"}, like=name))
+    names = [method.name for method in methods]
+    return Stage(
+        base=replace(STEM, train_samples=1000, epochs=20, every_n_epochs=5, num_samples=512, drop_prob=0.4),
+        methods=methods,
+        tuning_seed=100,
+        validation_samples=4000,
+        rounds=[((seed,), names) for seed in (200, 201, 202)],
+        explores=True,
+    )
+
+
+PLACES_1000 = _places()
+"""Looks, on validation images, for the place and the scope at which learned clusters add most."""
+
 STAGES: dict[str, Stage] = {
     "quick": QUICK,
     "stem-2000": STEM_2000,
@@ -137,4 +175,5 @@ STAGES: dict[str, Stage] = {
     "act-2000": ACT_2000,
     "ablation-2000": ABLATION_2000,
     "rest-2000": REST_2000,
+    "places-1000": PLACES_1000,
 }

@@ -80,6 +80,13 @@ def test_final_runs_come_in_the_order_of_the_rounds():
     assert runs[1].settings == replace(BASE, regularizer="spatial_dropout", drop_prob=0.5)
 
 
+def test_a_stage_that_explores_leaves_the_test_images_alone():
+    runs = final_runs(replace(STAGE, explores=True), TUNED)
+    assert {(run.settings.validation_samples, run.settings.corrupted_samples) for run in runs} == {(20, 0)}
+    assert {run.phase for run in runs} == {"final"}
+    assert [run.settings.drop_prob for run in runs[:2]] == [0.5, 0.5]
+
+
 def test_runs_are_told_apart_by_what_matters():
     run = final_runs(STAGE, TUNED)[0]
     same = replace(run, settings=replace(run.settings, data_dir="/x", out="y", progress_bar=True))
@@ -198,8 +205,11 @@ def test_reports_state_means_and_differences():
         "| dropped | drop_prob=0.5 | 50.00 | 1.000 | yes |",
     ]
     assert any(line.startswith(f"| dropped | 2 | 75.00 ± {reach:.2f} |") for line in lines)
-    assert any(line.startswith(f"| control | 2 | +15.00 ± {reach:.2f} | +0.000 ± 0.000 |") for line in lines)
-    assert any(line.startswith("| none | 1 | +20.00 | +0.000 |") for line in lines)
+    assert any(
+        line.startswith(f"| dropped less control | 2 | +15.00 ± {reach:.2f} | +0.000 ± 0.000 |")
+        for line in lines
+    )
+    assert any(line.startswith("| dropped less none | 1 | +20.00 | +0.000 |") for line in lines)
 
 
 def test_lines_are_json(tmp_path):
