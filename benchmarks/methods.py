@@ -57,6 +57,7 @@ def _cluster_options(settings: Settings, clusterer: Clusterer | None) -> dict[st
         "every_n_epochs": settings.every_n_epochs,
         "num_samples": settings.num_samples,
         "per_sample": settings.per_sample,
+        "paired": settings.pair_weight > 0,
         "clusterer": clusterer or _clusterer(settings),
         "seed": settings.seed,
     }

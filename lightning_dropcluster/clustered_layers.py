@@ -41,6 +41,7 @@ class ClusteredLayers:
         overlap_steps: see `Reclustering`.
         per_sample: see `ClusterDrop`.
         rescale: see `ClusterDrop`.
+        paired: see `ClusterDrop`.
     """
 
     def __init__(
@@ -55,10 +56,12 @@ class ClusteredLayers:
         overlap_steps: int,
         per_sample: bool,
         rescale: str,
+        paired: bool = False,
     ) -> None:
         self.grouping, self.clusterer = grouping, clusterer
         self.num_samples, self.sketch_dim, self.seed = num_samples, sketch_dim, seed
-        self.overlap_steps, self.per_sample, self.rescale = overlap_steps, per_sample, rescale
+        self.overlap_steps = overlap_steps
+        self.per_sample, self.rescale, self.paired = per_sample, rescale, paired
         self.memory = ProfileMemory(sketch_momentum)
         self.clusters: dict[str, Clusters] = {}
         self.seconds = 0.0
@@ -153,7 +156,7 @@ class ClusteredLayers:
             gathering.first_call = True
             if gathering.sketch is not None and gathering.regularizer is None:
                 # One variant less to compile: before the first clusters drop with probability 0.
-                gathering.regularizer = self._make_drop(self._no_clusters(gathering.sketch.shape))
+                gathering.regularizer = self._make_usual_drop(self._no_clusters(gathering.sketch.shape))
             if isinstance(gathering.regularizer, ClusterDrop):
                 gathering.regularizer.set_drop_prob(used)
                 gathering.regularizer.inplace = _may_overwrite_output(self._modules[name])
@@ -234,7 +237,8 @@ class ClusteredLayers:
             check_channels(self.clusters[name], layer, name)
             weight = next(layer.parameters(), torch.empty(0))
             table = self.clusters[name].table.to(weight.device)
-            drops[name] = self._make_drop(Clusters(table, self.clusters[name].shape), per_sample=True)
+            clusters = Clusters(table, self.clusters[name].shape)
+            drops[name] = self._make_drop(clusters, per_sample=True, paired=False)
             drops[name].set_drop_prob(drop_prob)
         return Injection(layers, drops, in_eval=True)
 
@@ -349,21 +353,25 @@ class ClusteredLayers:
         if isinstance(drop, ClusterDrop) and drop.can_hold(table):
             drop.set_labels(table)
         else:
-            gathering.regularizer = self._make_drop(Clusters(table, clusters.shape))
+            gathering.regularizer = self._make_usual_drop(Clusters(table, clusters.shape))
 
     def _no_clusters(self, shape: Shape) -> Clusters:
         """One cluster of everything, to stand in where nothing is dropped yet."""
         table = torch.zeros(self.scope.label_shape(shape), dtype=torch.uint8, device=self._device)
         return Clusters(table, shape)
 
-    def _make_drop(self, clusters: Clusters, per_sample: bool | None = None) -> ClusterDrop:
+    def _make_usual_drop(self, clusters: Clusters) -> ClusterDrop:
+        return self._make_drop(clusters, per_sample=self.per_sample, paired=self.paired)
+
+    def _make_drop(self, clusters: Clusters, *, per_sample: bool, paired: bool) -> ClusterDrop:
         return ClusterDrop(
             clusters.table,
             0.0,
             num_clusters=max(self.grouping.clusters_for(clusters.shape), int(clusters.table.max()) + 1),
             per_map=self.scope.per_map,
-            per_sample=self.per_sample if per_sample is None else per_sample,
+            per_sample=per_sample,
             rescale=self.rescale,
+            paired=paired,
             shift=0.618 * ranks.rank() % 1.0,
         )
 

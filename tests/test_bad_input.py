@@ -69,6 +69,13 @@ ARGUMENTS = [
     ({"sketch_momentum": None}, TypeError, "sketch_momentum=None", "a number in [0, 1)"),
     ({"clusterer": NoFit()}, TypeError, "clusterer=NoFit()", "must have a method fit"),
     ({"per_sample": 1}, TypeError, "per_sample=1", "True or False"),
+    ({"paired": 1}, TypeError, "paired=1", "True or False"),
+    (
+        {"paired": True, "per_sample": False},
+        ValueError,
+        "paired=True",
+        "per_sample=True, got per_sample=False",
+    ),
     ({"rescale": "sum"}, ValueError, "rescale='sum'", "one of batch, expected"),
     ({"position_weight": -0.5}, ValueError, "position_weight=-0.5", "in [0, 1000000.0]"),
     ({"overlap_steps": -2}, ValueError, "overlap_steps=-2", "at least 0"),

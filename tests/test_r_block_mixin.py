@@ -2,9 +2,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from fits import make_trainer
 from torch import nn
 
-from lightning_dropcluster import RBlock, SpatialDropout
+from lightning_dropcluster import DropCluster, RBlock, SpatialDropout
 from lightning_dropcluster.functional import r_block_loss
 
 
@@ -74,3 +75,28 @@ def test_trains_in_lightning():
     )
     trainer.fit(model.train(), loader)
     assert F.cross_entropy(model.eval()(images), targets) < before
+
+
+class Plain(Classifier):
+    """Drops nothing by itself, and keeps what reaches its head."""
+
+    def forward(self, images):
+        features = self.conv(images)
+        self.kept.append(features != 0)
+        return self.head(features.mean((2, 3)))
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_the_callback_drops_other_clusters_in_each_half(paired):
+    torch.manual_seed(0)
+    model, (images, targets) = Plain(), make_batch()
+    callback = DropCluster(
+        "conv", 0.5, start=0, schedule="constant", num_samples=5, cluster_size=2, paired=paired
+    )
+    loader = torch.utils.data.DataLoader(list(zip(images, targets, strict=True)), batch_size=5)
+    make_trainer(callback).fit(model, loader)
+    first, second = model.kept[-1].chunk(2)
+    assert torch.equal(first, ~second) == paired
+    with callback.sampling(model.eval()):
+        model(images)  # of an odd number, without pairs
+    assert not model.kept[-1].all()

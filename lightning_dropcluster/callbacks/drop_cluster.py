@@ -70,6 +70,8 @@ class DropCluster(LayerCallback):
         per_sample: draw for each sample, or once for the whole batch.
         rescale: ``"batch"`` scales what is kept by (number of features) / (number kept) over the batch,
             ``"expected"`` by 1 / (1 - drop_prob).
+        paired: with `RBlock`: the two halves of each batch drop other clusters, see `draw_uniform`. Needs
+            ``per_sample``.
         position_weight: above 0, the row and column of a feature count in the clustering; this is the
             distance between opposite edges of a map, where uncorrelated profiles have a distance of 1.41;
             at most a million.
@@ -111,6 +113,7 @@ class DropCluster(LayerCallback):
         clusterer: Clusterer | None = None,
         per_sample: bool = True,
         rescale: str = "batch",
+        paired: bool = False,
         position_weight: float = 0.0,
         overlap_steps: int = 0,
         layer_types: type[nn.Module] | list[type[nn.Module]] | None = None,
@@ -139,6 +142,9 @@ class DropCluster(LayerCallback):
                 f"clusterer={clusterer!r}: must have a method fit(profiles, num_clusters, init_labels, grid)"
             )
         check_bool("per_sample", per_sample)
+        check_bool("paired", paired)
+        if paired and not per_sample:
+            raise ValueError(f"paired=True: needs per_sample=True, got per_sample={per_sample!r}")
         check_bool("log_pictures", log_pictures)
         check_choice("rescale", rescale, RESCALES)
         position_weight = check_number("position_weight", position_weight, 0, _MAX_POSITION_WEIGHT)
@@ -162,6 +168,7 @@ class DropCluster(LayerCallback):
             overlap_steps=overlap_steps,
             per_sample=per_sample,
             rescale=rescale,
+            paired=paired,
         )
 
     # What there is to see

@@ -66,6 +66,7 @@ def draw_keep_table(
     *,
     device: torch.device | None = None,
     shift: float = 0.0,
+    paired: bool = False,
 ) -> Tensor:
     """Draw which clusters stay.
 
@@ -76,6 +77,7 @@ def draw_keep_table(
         drop_prob: probability in [0, 1) that a cluster is dropped; a 0-d tensor avoids recompilation.
         device: where to draw.
         shift: in [0, 1), added to the uniform draw modulo 1, so that ranks which are seeded alike draw apart.
+        paired: whether the two halves of the samples are to drop other clusters, see `draw_uniform`.
 
     Returns:
         A bool table of that shape, True where the cluster stays.
@@ -84,7 +86,7 @@ def draw_keep_table(
         >>> draw_keep_table((2, 3, 4), 0.0).all().item()
         True
     """
-    return draw_uniform(shape, device=device, shift=shift) >= drop_prob
+    return draw_uniform(shape, device=device, shift=shift, paired=paired) >= drop_prob
 
 
 def cluster_sizes(labels: Tensor, num_groups: int, num_clusters: int) -> Tensor:

@@ -26,6 +26,8 @@ class ClusterDrop(nn.Module):
         per_sample: True draws for each sample, False once for the whole batch.
         rescale: ``"batch"`` scales what is kept by (number of features) / (number kept) over the batch,
             ``"expected"`` by 1 / (1 - drop_prob).
+        paired: whether the two halves of each batch are to drop other clusters, for the pairs of R-Block: see
+            `draw_uniform`. Needs ``per_sample``.
         shift: see `draw_keep_table`.
         inplace: whether to overwrite the input; not under ``torch.compile``, which plans memory itself.
 
@@ -51,15 +53,18 @@ class ClusterDrop(nn.Module):
         per_map: bool = True,
         per_sample: bool = True,
         rescale: str = "batch",
+        paired: bool = False,
         shift: float = 0.0,
         inplace: bool = False,
     ) -> None:
         super().__init__()
         if rescale not in RESCALES:
             raise ValueError(f"rescale={rescale!r}: must be one of {', '.join(RESCALES)}")
+        if paired and not per_sample:
+            raise ValueError(f"paired=True: needs per_sample=True, got per_sample={per_sample!r}")
         self.num_clusters = num_clusters if num_clusters is not None else int(labels.max()) + 1
-        self.per_map, self.per_sample, self.rescale, self.shift = per_map, per_sample, rescale, shift
-        self.inplace = inplace
+        self.per_map, self.per_sample, self.rescale = per_map, per_sample, rescale
+        self.paired, self.shift, self.inplace = paired, shift, inplace
         dtype = smallest_integer_type(self.num_clusters)
         self.register_buffer("labels", torch.zeros(labels.shape, dtype=dtype, device=labels.device))
         exact = {"dtype": torch.float32, "device": labels.device}
@@ -132,7 +137,7 @@ class ClusterDrop(nn.Module):
                 f"labels of shape {tuple(self.labels.shape)}: do not fit activations {tuple(x.shape)}"
             )
         shape = (len(x) if self.per_sample else 1, self._num_groups, self.num_clusters)
-        keep = draw_keep_table(shape, self.drop_prob, device=x.device, shift=self.shift)
+        keep = draw_keep_table(shape, self.drop_prob, device=x.device, shift=self.shift, paired=self.paired)
         scale = None if self.rescale == "batch" else 1.0 / (1.0 - self.drop_prob)
         inplace = self.inplace and not torch.compiler.is_compiling()
         return cluster_drop(x, self.labels, keep, scale=scale, sizes=self.sizes, inplace=inplace)
@@ -142,7 +147,7 @@ class ClusterDrop(nn.Module):
         return (
             f"drop_prob={self.drop_prob.item():.4g}, labels={tuple(self.labels.shape)}, "
             f"num_clusters={self.num_clusters}, per_map={self.per_map}, per_sample={self.per_sample}, "
-            f"rescale={self.rescale!r}"
+            f"rescale={self.rescale!r}" + (", paired=True" if self.paired else "")
         )
 
 

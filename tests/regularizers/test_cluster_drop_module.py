@@ -43,6 +43,15 @@ def test_without_per_sample_all_samples_drop_alike():
     assert torch.equal(dropped, dropped[:1].expand_as(dropped))
 
 
+def test_halves_of_a_paired_batch_drop_what_the_other_keeps():
+    first, second = (ClusterDrop(LABELS, 0.5, paired=True)(torch.ones(6, 2, 6, 6)) == 0).chunk(2)
+    assert torch.equal(first, ~second)
+    with pytest.raises(ValueError, match="paired=True: needs per_sample=True, got per_sample=False"):
+        ClusterDrop(LABELS, 0.5, paired=True, per_sample=False)
+    with pytest.raises(ValueError, match="paired=True: must have an even batch"):
+        ClusterDrop(LABELS, 0.5, paired=True)(torch.ones(3, 2, 6, 6))
+
+
 @pytest.mark.parametrize("per_map", [True, False])
 def test_each_feature_drops_with_drop_prob(per_map):
     torch.manual_seed(0)
