@@ -141,6 +141,7 @@ PLACES: dict[str, dict[str, Any]] = {
 """Where to drop. After the addition no shortcut carries past what was dropped."""
 GROUPINGS: dict[str, dict[str, Any]] = {
     "map": {"scope": "map", "cluster_size": 16},
+    "position": {"scope": "position", "cluster_size": 16},
     "layer": {"scope": "layer", "cluster_size": 128},
     "channel": {"scope": "channel", "cluster_size": 4},
 }

@@ -86,9 +86,7 @@ def run(settings: Settings) -> dict[str, Any]:
         classifier = build_classifier(settings, len(batches.data.classes))
         callback = build_callback(settings, classifier.model)
         trainer = build_trainer(settings, callback)
-        started = time.perf_counter()
-        trainer.fit(classifier, datamodule=batches)
-        seconds = time.perf_counter() - started
+        seconds = timed_fit(trainer, classifier, batches)
         scores = score(trainer, classifier, batches.test_dataloader())
         corrupted = score_corrupted(trainer, classifier, batches, settings.corrupted_samples)
     if settings.plot and isinstance(callback, DropCluster):
@@ -102,6 +100,13 @@ def run(settings: Settings) -> dict[str, Any]:
         **provenance(),
         "arguments": arguments(settings),
     }
+
+
+def timed_fit(trainer: pl.Trainer, classifier: Classifier, batches: ImageDataModule) -> float:
+    """Train, and return the seconds that it took, all of `fit`."""
+    started = time.perf_counter()
+    trainer.fit(classifier, datamodule=batches)
+    return time.perf_counter() - started
 
 
 def build_batches(settings: Settings) -> ImageDataModule:
