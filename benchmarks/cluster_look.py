@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from clusterers import Blocks, Shuffled
+from clusterers import Blocks, RandomStart, Shuffled
 from methods import build_callback
 from record import parse, provenance, quiet, write_line
 from scipy import ndimage
@@ -61,7 +61,7 @@ class Look:
     """One kind of clusters at one time.
 
     Args:
-        kind: "learned", "shuffled" or "blocks".
+        kind: "learned", "random start", "shuffled" or "blocks".
         correlation: share of the squared length of profiles that is left when each is replaced by the mean
             of its cluster: the mean correlation of a feature with its cluster, itself included.
         spread: root mean square distance of features from the middle of their cluster, in pixels.
@@ -77,7 +77,7 @@ class Look:
 
 
 class Recording:
-    """A clusterer that looks at what another one finds, beside shuffled clusters and blocks."""
+    """A clusterer that looks at what another one finds, and at other clusters of the same number beside."""
 
     def __init__(self, clusterer: Clusterer) -> None:
         self.clusterer = clusterer
@@ -104,6 +104,7 @@ class Recording:
         some = torch.linspace(0, len(labels) - 1, min(MAPS, len(labels))).round().long()
         now = {
             "learned": labels[some],
+            "random start": RandomStart().fit(profiles[some], num_clusters),
             "shuffled": Shuffled(_Found(labels)).fit(profiles, num_clusters)[some],
             "blocks": Blocks().fit(profiles, num_clusters, grid=grid)[some],
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -9,7 +10,14 @@ from protocol import Method, Stage
 from settings import Settings
 
 StageName = Literal[
-    "quick", "stem-2000", "stem-5000", "act-2000", "ablation-2000", "rest-2000", "places-1000"
+    "quick",
+    "stem-2000",
+    "stem-5000",
+    "act-2000",
+    "ablation-2000",
+    "rest-2000",
+    "places-1000",
+    "factors-1000",
 ]
 
 QUICK = Stage(
@@ -147,6 +155,22 @@ GROUPINGS: dict[str, dict[str, Any]] = {
 }
 
 
+OVERFIT = replace(STEM, train_samples=1000, epochs=20, every_n_epochs=5, num_samples=512, drop_prob=0.4)
+"""Long enough on few images that a network without dropping is far too sure of itself."""
+
+
+def _explore(methods: Sequence[Method], seeds: Sequence[int]) -> Stage:
+    names = [method.name for method in methods]
+    return Stage(
+        base=OVERFIT,
+        methods=methods,
+        tuning_seed=100,
+        validation_samples=4000,
+        rounds=[((seed,), names) for seed in seeds],
+        explores=True,
+    )
+
+
 def _places() -> Stage:
     methods = [Method("none")]
     for place, where in PLACES.items():
@@ -155,19 +179,42 @@ def _places() -> Stage:
             name, fixed = f"{place}: {grouping}", {"regularizer": "dropcluster", **where, **what}
             methods.append(Method(name, fixed))
             methods.append(Method(f"{name}, shuffled", {**fixed, "clusters": "shuffled"}, like=name))
-    names = [method.name for method in methods]
-    return Stage(
-        base=replace(STEM, train_samples=1000, epochs=20, every_n_epochs=5, num_samples=512, drop_prob=0.4),
-        methods=methods,
-        tuning_seed=100,
-        validation_samples=4000,
-        rounds=[((seed,), names) for seed in (200, 201, 202)],
-        explores=True,
-    )
+    return _explore(methods, seeds=(200, 201))
 
 
 PLACES_1000 = _places()
 """Looks, on validation images, for the place and the scope at which learned clusters add most."""
+
+FACTORS: dict[str, dict[str, Any]] = {
+    "as usual": {},
+    "drop_prob 0.2": {"drop_prob": 0.2},
+    "drop_prob 0.6": {"drop_prob": 0.6},
+    "constant drop_prob": {"schedule": "constant"},
+    "cluster_size 4": {"cluster_size": 4},
+    "cluster_size 64": {"cluster_size": 64},
+    "learned once": {"every_n_epochs": 0},
+    "learned every epoch": {"every_n_epochs": 1},
+    "one draw per batch": {"per_sample": False},
+    "k-means from a random start": {"clusters": "random-start"},
+    "Ward": {"clusters": "ward"},
+    "square blocks": {"clusters": "blocks"},
+    "idea: mixed sizes": {"clusters": "mixed-sizes", "cluster_size": 4, "every_n_epochs": 1},
+    "idea: sizes by explained variance": {"clusters": "explained", "cluster_size": 4},
+    "idea: agreement of two draws": {"pair_weight": 1.0},
+    "idea: agreement of two draws, shuffled": {"pair_weight": 1.0, "clusters": "shuffled"},
+}
+
+
+def _factors() -> Stage:
+    fixed = {"regularizer": "dropcluster", **PLACES["blocks, after add and act"], **GROUPINGS["map"]}
+    methods = [Method(name, {**fixed, **change}) for name, change in FACTORS.items()]
+    dropout = {**fixed, "regularizer": "dropout"}
+    methods.append(Method("Dropout, agreement of two draws", {**dropout, "pair_weight": 1.0}))
+    return _explore([*methods, Method("none")], seeds=(200, 201))
+
+
+FACTORS_1000 = _factors()
+"""One change at a time, on validation images, where dropping did most in the stage before; and ideas."""
 
 STAGES: dict[str, Stage] = {
     "quick": QUICK,
@@ -177,4 +224,5 @@ STAGES: dict[str, Stage] = {
     "ablation-2000": ABLATION_2000,
     "rest-2000": REST_2000,
     "places-1000": PLACES_1000,
+    "factors-1000": FACTORS_1000,
 }
