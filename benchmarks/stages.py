@@ -18,6 +18,8 @@ StageName = Literal[
     "rest-2000",
     "places-1000",
     "factors-1000",
+    "blocks-1000",
+    "blocks-rest-1000",
 ]
 
 QUICK = Stage(
@@ -216,6 +218,64 @@ def _factors() -> Stage:
 FACTORS_1000 = _factors()
 """One change at a time, on validation images, where dropping did most in the stage before; and ideas."""
 
+_AFTER_ADD = PLACES["blocks, after add and act"]
+_LOW, _HIGH = 0.35, 0.5
+
+
+def _sized(name: str, size: str, small: float, large: float, **fixed: Any) -> Method:
+    """A method after the addition, with the probabilities and sizes to choose from."""
+    grid = tuple({"drop_prob": prob, size: value} for value in (small, large) for prob in (_LOW, _HIGH))
+    return Method(name, {**_AFTER_ADD, **fixed}, grid)
+
+
+def _plain(name: str, *probs: float, **fixed: Any) -> Method:
+    """A method after the addition that has no size."""
+    return Method(name, {**_AFTER_ADD, **fixed}, tuple({"drop_prob": prob} for prob in probs))
+
+
+_CLUSTERS = {"regularizer": "dropcluster", "scope": "map"}
+_IN_LAYER = {"regularizer": "dropcluster", "scope": "layer", "clusters": "shuffled"}
+BLOCKS_1000 = Stage(
+    base=replace(OVERFIT, corrupted_samples=250),
+    methods=(
+        _sized("DropCluster", "cluster_size", 4, 16, **_CLUSTERS),
+        _sized("DropCluster, shuffled", "cluster_size", 4, 16, **_CLUSTERS, clusters="shuffled"),
+        Method("none"),
+        _plain("Dropout", 0.3, 0.4, 0.5, 0.6, regularizer="dropout"),
+        _sized("DropBlock", "block_size", 3, 5, regularizer="drop_block"),
+        _sized("random groups in the layer", "cluster_size", 32, 128, **_IN_LAYER),
+    ),
+    tuning_seed=100,
+    validation_samples=4000,
+    rounds=(
+        (range(5), (*LEARNED_AND_SHUFFLED, *OTHERS, "random groups in the layer")),
+        (range(5, 10), LEARNED_AND_SHUFFLED),
+    ),
+)
+"""Few images, many epochs, and dropping past which no shortcut leads; the control is tuned for itself."""
+
+BLOCKS_REST_1000 = replace(
+    BLOCKS_1000,
+    methods=(
+        BLOCKS_1000.methods[0],
+        _plain("SpatialDropout", 0.1, 0.2, 0.3, 0.4, regularizer="spatial_dropout"),
+        _sized("ProbDropBlock", "block_size", 3, 5, regularizer="prob_drop_block"),
+        _sized("CorrDrop", "block_size", 3, 5, regularizer="corr_drop"),
+        _plain("DropPath", 0.1, 0.2, 0.4, 0.6, regularizer="drop_path"),
+        Method("Advanced Dropout", {**_AFTER_ADD, "regularizer": "advanced_dropout"}),
+        _sized("R-Block", "block_size", 3, 5, regularizer="drop_block", pair_weight=1.0),
+        _sized("DropCluster in pairs", "cluster_size", 4, 16, **_CLUSTERS, pair_weight=1.0),
+    ),
+    rounds=(
+        (
+            range(3),
+            ("DropCluster", "SpatialDropout", "ProbDropBlock", "CorrDrop", "DropPath", "Advanced Dropout"),
+        ),
+        (range(3), ("R-Block", "DropCluster in pairs")),
+    ),
+)
+"""The other peers there. R-Block and pairs take twice the time per step."""
+
 STAGES: dict[str, Stage] = {
     "quick": QUICK,
     "stem-2000": STEM_2000,
@@ -225,4 +285,6 @@ STAGES: dict[str, Stage] = {
     "rest-2000": REST_2000,
     "places-1000": PLACES_1000,
     "factors-1000": FACTORS_1000,
+    "blocks-1000": BLOCKS_1000,
+    "blocks-rest-1000": BLOCKS_REST_1000,
 }
