@@ -20,6 +20,7 @@ StageName = Literal[
     "factors-1000",
     "blocks-1000",
     "blocks-rest-1000",
+    "act-layer-1000",
 ]
 
 QUICK = Stage(
@@ -276,6 +277,27 @@ BLOCKS_REST_1000 = replace(
 )
 """The other peers there. R-Block and pairs take twice the time per step."""
 
+_AFTER_ACT = {**PLACES["stem, after act"], "regularizer": "dropcluster", "scope": "layer"}
+_STRONG = tuple({"cluster_size": size, "drop_prob": prob} for size in (32, 128) for prob in (0.4, 0.6))
+ACT_LAYER_1000 = replace(
+    BLOCKS_1000,
+    methods=(
+        Method("DropCluster", _AFTER_ACT, _STRONG),
+        Method("DropCluster, shuffled", {**_AFTER_ACT, "clusters": "shuffled"}, _STRONG),
+        Method("none"),
+        Method(
+            "Dropout",
+            {**PLACES["stem, after act"], "regularizer": "dropout"},
+            tuple({"drop_prob": prob} for prob in (0.3, 0.4, 0.6, 0.8)),
+        ),
+    ),
+    rounds=(
+        (range(5), (*LEARNED_AND_SHUFFLED, "none", "Dropout")),
+        (range(5, 10), LEARNED_AND_SHUFFLED),
+    ),
+)
+"""Where learned clusters had looked best beside shuffled ones: the stem's activation, the layer as a whole."""
+
 STAGES: dict[str, Stage] = {
     "quick": QUICK,
     "stem-2000": STEM_2000,
@@ -287,4 +309,5 @@ STAGES: dict[str, Stage] = {
     "factors-1000": FACTORS_1000,
     "blocks-1000": BLOCKS_1000,
     "blocks-rest-1000": BLOCKS_REST_1000,
+    "act-layer-1000": ACT_LAYER_1000,
 }
