@@ -296,7 +296,7 @@ ACT_LAYER_1000 = replace(
         (range(5, 10), LEARNED_AND_SHUFFLED),
     ),
 )
-"""Where learned clusters had looked best beside shuffled ones: the stem's activation, the layer as a whole."""
+"""Where learned clusters had looked best beside shuffled ones: after the stem, over the layer as a whole."""
 
 STAGES: dict[str, Stage] = {
     "quick": QUICK,
