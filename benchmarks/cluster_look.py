@@ -38,6 +38,8 @@ class Options:
     Args:
         stage: whose network and training to use.
         data_dir: see `train.py`.
+        layer: name of the one to look at; the stage's own where it is None.
+        any_layer: see `train.py`.
         drop_prob: drop probability at the end of training, in [0, 1).
         cluster_size: mean number of features per cluster.
         every_n_epochs: epochs between two clusterings.
@@ -48,6 +50,8 @@ class Options:
 
     stage: StageName = "quick"
     data_dir: str | None = None
+    layer: str | None = None
+    any_layer: bool = False
     drop_prob: float = 0.3
     cluster_size: int | float | None = 16
     every_n_epochs: int = 1
@@ -175,8 +179,11 @@ def main(options: Options) -> None:
 
 def stage_settings(options: Options) -> Settings:
     """Take a stage's settings, with DropCluster as the options say."""
+    base = STAGES[options.stage].base
     return replace(
-        STAGES[options.stage].base,
+        base,
+        layers=options.layer or base.layers,
+        any_layer=options.any_layer,
         regularizer="dropcluster",
         data_dir=options.data_dir,
         drop_prob=options.drop_prob,

@@ -43,8 +43,9 @@ def test_what_is_recorded_is_what_was_found():
 
 def test_the_script_writes_a_record_and_a_picture(tmp_path, capsys):
     plot = tmp_path / "new" / "look.png"
-    main(Options(plot=str(plot), out=str(tmp_path / "look.jsonl")))
+    main(Options(layer="layer1.0.conv1", plot=str(plot), out=str(tmp_path / "look.jsonl")))
     record = json.loads(capsys.readouterr().out)
     assert len(record["looks"]) == 2
+    assert record["arguments"]["layers"] == "layer1.0.conv1"
     assert record["looks"][0][0]["agreement"] is None
     assert plot.read_bytes().startswith(b"\x89PNG")
