@@ -199,7 +199,7 @@ def draw(looks: list[list[Look]]) -> Figure:
     """Draw each measure over the clusterings, a line for each kind of clusters."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3), layout="constrained")
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
     titles = {
         "correlation": "correlation within clusters",
         "spread": "spread in pixels",
@@ -210,7 +210,7 @@ def draw(looks: list[list[Look]]) -> Figure:
         for kinds in zip(*looks, strict=True):
             axis.plot([getattr(each, name) for each in kinds], "o-", label=kinds[0].kind)
         axis.set(title=title, xlabel="clustering", ylim=(0, None))
-    figure.axes[0].legend()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 

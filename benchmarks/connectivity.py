@@ -30,7 +30,7 @@ class Options:
     """What to join by straight lines.
 
     Args:
-        stage: whose network and training to use; networks are scored on its validation images.
+        stage: whose network, training and first method to use; networks are scored on its validation images.
         data_dir: see `train.py`.
         drop_prob: drop probability of DropCluster at the end of training, in [0, 1).
         cluster_size: mean number of features per cluster.
@@ -75,9 +75,8 @@ def cases(options: Options, stage: Stage, seed: int) -> Iterator[Settings]:
         progress_bar=False,
     )
     yield base
-    yield replace(
-        base, regularizer="dropcluster", drop_prob=options.drop_prob, cluster_size=options.cluster_size
-    )
+    sized = {"drop_prob": options.drop_prob, "cluster_size": options.cluster_size}
+    yield replace(base, **stage.methods[0].fixed, **sized)
 
 
 def line(settings: Settings, points: int) -> dict[str, Any]:
