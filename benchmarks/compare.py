@@ -1,4 +1,4 @@
-"""Compare methods over seeds by the protocol in README.md; a run that has finished is never run again."""
+"""Compare methods over seeds by the protocol in evidence.md; a run that has finished is never run again."""
 
 from __future__ import annotations
 
