@@ -13,6 +13,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from clusterers import Blocks, RandomStart, Shuffled
+from inertia import inertia
 from methods import build_callback
 from record import parse, provenance, quiet, write_line
 from scipy import ndimage
@@ -140,19 +141,11 @@ def look(kind: str, profiles: Tensor, labels: Tensor, grid: tuple[int, ...], las
     positions = torch.from_numpy(np.indices(grid).reshape(2, -1).T.copy()).float().expand(len(labels), -1, -1)
     return Look(
         kind,
-        float(_cluster_means(profiles, labels).square().sum() / profiles.square().sum()),
-        float((positions - _cluster_means(positions, labels)).square().sum(2).mean().sqrt()),
+        float(1 - inertia(profiles, labels).sum() / profiles.square().sum()),
+        float((inertia(positions, labels).sum() / labels.numel()).sqrt()),
         float(np.mean([_share_connected(row.reshape(grid).numpy()) for row in labels])),
         None if last is None else adjusted_rand_index(labels, last),
     )
-
-
-def _cluster_means(points: Tensor, labels: Tensor) -> Tensor:
-    """Replace each point (B, F, D) by the mean of its cluster."""
-    index = labels.long()[:, :, None].expand_as(points)
-    shape = (len(points), int(labels.max()) + 1, points.shape[2])
-    means = torch.zeros(shape).scatter_reduce(1, index, points, "mean", include_self=False)
-    return means.gather(1, index)
 
 
 def _share_connected(labels: np.ndarray) -> float:
@@ -168,7 +161,7 @@ def main(options: Options) -> None:
         pl.seed_everything(settings.seed, workers=True, verbose=False)
         batches = build_batches(settings)
         classifier = build_classifier(settings, len(batches.data.classes))
-        callback = build_callback(settings, classifier.model, recording)
+        callback = build_callback(settings, classifier.model, clusterer=recording)
         build_trainer(settings, callback).fit(classifier, datamodule=batches)
     looks = [[asdict(each) for each in looks] for looks in recording.looks]
     write_line({"looks": looks, **provenance(), "arguments": arguments(settings)}, options.out)

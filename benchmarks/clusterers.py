@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from inertia import explained_variance
 from torch import Generator, Tensor
 
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans
@@ -119,7 +120,7 @@ class Explained:
     """
 
     def __init__(
-        self, clusterer: Clusterer, share: float = 0.5, factors: tuple[int, ...] = (1, 2, 4, 8, 16)
+        self, clusterer: Clusterer, share: float = 0.5, factors: tuple[int, ...] = (2, 4, 8, 16)
     ) -> None:
         self.clusterer, self.share, self.factors = clusterer, share, factors
 
@@ -132,26 +133,8 @@ class Explained:
     ) -> Tensor:
         """Cluster each problem into as few clusters as will do, from a cold start; see `Clusterer.fit`."""
         chosen = self.clusterer.fit(profiles, num_clusters, None, grid)
-        for factor in self.factors[1:]:
+        for factor in self.factors:
             coarser = self.clusterer.fit(profiles, max(1, num_clusters // factor), None, grid)
             will_do = explained_variance(profiles, coarser) >= self.share
             chosen = torch.where(will_do[:, None], coarser, chosen)
         return chosen
-
-
-def explained_variance(profiles: Tensor, labels: Tensor) -> Tensor:
-    """Measure how much of the variance of the items lies between their clusters.
-
-    Args:
-        profiles: (B, F, D).
-        labels: (B, F), integers >= 0.
-
-    Returns:
-        Shares in [0, 1], (B,); 1 where items do not vary.
-    """
-    centred = profiles.double() - profiles.double().mean(1, keepdim=True)
-    member = torch.nn.functional.one_hot(labels.long()).double()
-    means = member.mT @ centred / member.sum(1).clamp_min(1)[..., None]
-    total = centred.square().sum((1, 2))
-    between = (member.sum(1) * means.square().sum(2)).sum(1)
-    return torch.where(total > 0, between / total, 1.0)

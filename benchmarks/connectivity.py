@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from data import ImageDataModule
 from methods import build_callback
-from protocol import Stage
+from protocol import Stage, aside
 from record import parse, provenance, quiet, write_line
 from scoring import score
 from settings import Settings, arguments
@@ -66,14 +66,8 @@ def main(options: Options) -> None:
 
 def cases(options: Options, stage: Stage, seed: int) -> Iterator[Settings]:
     """Yield the settings without and with dropping."""
-    base = replace(
-        stage.base,
-        data_dir=options.data_dir,
-        validation_samples=stage.validation_samples,
-        corrupted_samples=0,
-        seed=seed,
-        progress_bar=False,
-    )
+    common = {"data_dir": options.data_dir, "seed": seed, "progress_bar": False}
+    base = replace(stage.base, **aside(stage), **common)
     yield base
     sized = {"drop_prob": options.drop_prob, "cluster_size": options.cluster_size}
     yield replace(base, **stage.methods[0].fixed, **sized)

@@ -17,15 +17,13 @@ UNHOOKED = ("none", "drop_path")
 WITH_BLOCKS = ("drop_block", "prob_drop_block", "corr_drop")
 
 
-def build_callback(
-    settings: Settings, model: nn.Module, clusterer: Clusterer | None = None
-) -> pl.Callback | None:
+def build_callback(settings: Settings, model: nn.Module, **changes: Any) -> pl.Callback | None:
     """Make the callback that the settings describe.
 
     Args:
         settings: of the run.
         model: whose first convolution is taken where the settings name no layers.
-        clusterer: for "dropcluster", in place of the one that the settings name.
+        changes: options of DropCluster, in place of those that the settings name.
 
     Returns:
         The callback, or None where nothing is hooked.
@@ -34,23 +32,25 @@ def build_callback(
         return None
     first = next((name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), "**")
     layers = f"model.{first}" if settings.layers is None else settings.layers
+    options: dict[str, Any]
     common: dict[str, Any] = {
         "start": settings.start,
         "schedule": settings.schedule,
         "layer_types": nn.Module if settings.any_layer else None,
     }
     if settings.regularizer == "dropcluster":
-        return DropCluster(layers, settings.drop_prob, **common, **_cluster_options(settings, clusterer))
+        options = {**common, **_cluster_options(settings), **changes}
+        return DropCluster(layers, settings.drop_prob, **options)
     if settings.regularizer == "advanced_dropout":  # learns what others are told, and is made layer by layer
         return StructuredDropout(layers, settings.regularizer, **{**common, "schedule": None})
-    options: dict[str, Any] = {"paired": settings.pair_weight > 0}
+    options = {"paired": settings.pair_weight > 0}
     if settings.regularizer in WITH_BLOCKS:
         options["block_size"] = settings.block_size
     regularizer = REGULARIZERS[settings.regularizer](settings.drop_prob, **options)
     return StructuredDropout(layers, regularizer, **common)
 
 
-def _cluster_options(settings: Settings, clusterer: Clusterer | None) -> dict[str, Any]:
+def _cluster_options(settings: Settings) -> dict[str, Any]:
     return {
         "cluster_size": settings.cluster_size,
         "scope": settings.scope,
@@ -58,7 +58,7 @@ def _cluster_options(settings: Settings, clusterer: Clusterer | None) -> dict[st
         "num_samples": settings.num_samples,
         "per_sample": settings.per_sample,
         "paired": settings.pair_weight > 0,
-        "clusterer": clusterer or _clusterer(settings),
+        "clusterer": _clusterer(settings),
         "seed": settings.seed,
     }
 

@@ -134,7 +134,7 @@ def choose(stage: Stage, records: Iterable[Record]) -> dict[str, dict[str, Any]]
 def final_runs(stage: Stage, records: Iterable[Record]) -> list[Run]:
     """List the runs with the chosen settings and fresh seeds, in the order of the rounds."""
     chosen, methods = choose(stage, records), {method.name: method for method in stage.methods}
-    base = replace(stage.base, **_aside(stage)) if stage.explores else stage.base
+    base = replace(stage.base, **aside(stage)) if stage.explores else stage.base
     return [
         Run(name, replace(base, **{**methods[name].fixed, **chosen[name]}, seed=seed), "final")
         for seeds, names in stage.rounds
@@ -144,10 +144,10 @@ def final_runs(stage: Stage, records: Iterable[Record]) -> list[Run]:
 
 
 def _tuning_run(stage: Stage, method: Method, change: dict[str, Any]) -> Run:
-    changes = {**method.fixed, **change, **_aside(stage), "seed": stage.tuning_seed}
+    changes = {**method.fixed, **change, **aside(stage), "seed": stage.tuning_seed}
     return Run(method.name, replace(stage.base, **changes), "tuning")
 
 
-def _aside(stage: Stage) -> dict[str, Any]:
-    """Settings that leave the test images alone."""
+def aside(stage: Stage) -> dict[str, Any]:
+    """List the settings that leave the test images alone."""
     return {"validation_samples": stage.validation_samples, "corrupted_samples": 0}

@@ -17,10 +17,10 @@ import torch
 from activations import RANDOM, SIZES, Activations, exact_profiles, random_fields, sketch_of, trained
 from contenders import SKLEARN, OnSketches, by_ward, on_exact_profiles, recluster
 from data import DataName
+from inertia import inertia
 from peak import added_memory
 from record import parse, provenance, write_line
 from stall import stall_records
-from torch import Tensor
 
 from lightning_dropcluster.clustering import FaissKMeans, adjusted_rand_index
 from lightning_dropcluster.sketch import Sketch
@@ -102,15 +102,6 @@ def run_alternating(
             runs[name].cpu_seconds.append(time.process_time() - processor)
             runs[name].labels.append(labels)
     return runs
-
-
-def inertia(profiles: Tensor, labels: Tensor) -> Tensor:
-    """Add up the squared distances of profiles (B, F, N) to the means of their clusters: (B,)."""
-    labels = labels.long().to(profiles.device)
-    sums = profiles.new_zeros(len(profiles), int(labels.max()) + 1, profiles.shape[2])
-    sums.scatter_add_(1, labels[:, :, None].expand_as(profiles), profiles)
-    sizes = profiles.new_zeros(sums.shape[:2]).scatter_add_(1, labels, torch.ones_like(labels).float())
-    return profiles.square().sum((1, 2)) - (sums.square().sum(2) / sizes.clamp(min=1)).sum(1)
 
 
 def layer_records(acts: Activations, settings: Settings) -> Iterator[dict[str, Any]]:

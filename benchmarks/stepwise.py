@@ -14,8 +14,8 @@ import pytorch_lightning as pl
 import torch
 from activations import BATCH, exact_profiles, look
 from data import DataName, ImageDataModule, load
+from inertia import inertia
 from models import build_model
-from reclustering import inertia
 from record import parse, provenance, quiet, write_line
 from torch import Tensor
 from train import Classifier

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -12,14 +11,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
 
 import pytorch_lightning as pl
 from data import DataName, ImageDataModule
+from methods import build_callback
 from record import parse, provenance, quiet, write_line
 from settings import Settings, arguments
 from train import build_batches, build_classifier, build_trainer, timed_fit
 
-from lightning_dropcluster import DropCluster
-
 QUICK = {"data": "digits", "train_samples": 100, "epochs": 2, "batch_size": 25}
-Make = Callable[[], DropCluster | None]
+Fit = tuple[float, Any]
+"""Seconds of a training, and its callback."""
 
 
 @dataclass(frozen=True)
@@ -64,23 +63,16 @@ def main(options: Options) -> None:
     settings = settings_of(options)
     with quiet():
         batches = build_batches(settings)
-        learning = _callback(settings)
-        fit(settings, batches, learning)  # warms up, and makes clusters for the case that only drops
-        clusters = dict(learning.labels)
-        made: dict[str, Make] = {
-            "none": lambda: None,
-            "dropcluster": lambda: _callback(settings),
-            "dropping only": lambda: _callback(settings, every_n_epochs=0, initial_labels=clusters),
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in made}
-        clustering = []
+        _, learned = fit(settings, batches)  # warms up, and makes clusters for the case that only drops
+        given = {"every_n_epochs": 0, "initial_labels": learned.labels}
+        runs: dict[str, list[Fit]] = {"none": [], "dropcluster": [], "dropping only": []}
         for _ in range(1 if options.quick else options.repeats):
-            for name, make in made.items():
-                callback = make()
-                seconds[name].append(round(fit(settings, batches, callback), 3))
-                if name == "dropcluster" and callback is not None:
-                    clustering.append(callback.recluster_seconds)
-    found = {"seconds": seconds, **split(seconds, median(clustering))}
+            runs["none"].append(fit(replace(settings, regularizer="none"), batches))
+            runs["dropcluster"].append(fit(settings, batches))
+            runs["dropping only"].append(fit(settings, batches, **given))
+    seconds = {name: [each for each, _ in fits] for name, fits in runs.items()}
+    clustering = median(callback.recluster_seconds for _, callback in runs["dropcluster"])
+    found = {"seconds": seconds, **split(seconds, clustering)}
     write_line(
         {"benchmark": "whole run", **found, **provenance(), "arguments": arguments(settings)}, options.out
     )
@@ -107,24 +99,17 @@ def settings_of(options: Options) -> Settings:
     return replace(settings, **QUICK, data_dir=None, num_samples=50) if options.quick else settings
 
 
-def _callback(settings: Settings, **changes: Any) -> DropCluster:
-    return DropCluster(
-        settings.layers or "conv1",
-        settings.drop_prob,
-        **{
-            "start": settings.start,
-            "every_n_epochs": settings.every_n_epochs,
-            "num_samples": settings.num_samples,
-            **changes,
-        },
-    )
+def fit(settings: Settings, batches: ImageDataModule, **changes: Any) -> Fit:
+    """Train from the same weights on the same batches; see `build_callback` for the changes.
 
-
-def fit(settings: Settings, batches: ImageDataModule, callback: DropCluster | None) -> float:
-    """Train from the same weights on the same batches, and return the seconds."""
+    Returns:
+        The seconds, and the callback.
+    """
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     classifier = build_classifier(settings, len(batches.data.classes))
-    return timed_fit(build_trainer(settings, callback), classifier, batches)
+    callback = build_callback(settings, classifier.model, **changes)
+    seconds = timed_fit(build_trainer(settings, callback), classifier, batches)
+    return round(seconds, 3), callback
 
 
 def split(seconds: dict[str, list[float]], clustering: float) -> dict[str, float]:

@@ -156,7 +156,7 @@ class ClusteredLayers:
             gathering.first_call = True
             if gathering.sketch is not None and gathering.regularizer is None:
                 # One variant less to compile: before the first clusters drop with probability 0.
-                gathering.regularizer = self._make_usual_drop(self._no_clusters(gathering.sketch.shape))
+                gathering.regularizer = self._make_drop(self._no_clusters(gathering.sketch.shape))
             if isinstance(gathering.regularizer, ClusterDrop):
                 gathering.regularizer.set_drop_prob(used)
                 gathering.regularizer.inplace = _may_overwrite_output(self._modules[name])
@@ -237,8 +237,7 @@ class ClusteredLayers:
             check_channels(self.clusters[name], layer, name)
             weight = next(layer.parameters(), torch.empty(0))
             table = self.clusters[name].table.to(weight.device)
-            clusters = Clusters(table, self.clusters[name].shape)
-            drops[name] = self._make_drop(clusters, per_sample=True, paired=False)
+            drops[name] = self._make_drop(Clusters(table, self.clusters[name].shape), sampling=True)
             drops[name].set_drop_prob(drop_prob)
         return Injection(layers, drops, in_eval=True)
 
@@ -353,25 +352,22 @@ class ClusteredLayers:
         if isinstance(drop, ClusterDrop) and drop.can_hold(table):
             drop.set_labels(table)
         else:
-            gathering.regularizer = self._make_usual_drop(Clusters(table, clusters.shape))
+            gathering.regularizer = self._make_drop(Clusters(table, clusters.shape))
 
     def _no_clusters(self, shape: Shape) -> Clusters:
         """One cluster of everything, to stand in where nothing is dropped yet."""
         table = torch.zeros(self.scope.label_shape(shape), dtype=torch.uint8, device=self._device)
         return Clusters(table, shape)
 
-    def _make_usual_drop(self, clusters: Clusters) -> ClusterDrop:
-        return self._make_drop(clusters, per_sample=self.per_sample, paired=self.paired)
-
-    def _make_drop(self, clusters: Clusters, *, per_sample: bool, paired: bool) -> ClusterDrop:
+    def _make_drop(self, clusters: Clusters, *, sampling: bool = False) -> ClusterDrop:
         return ClusterDrop(
             clusters.table,
             0.0,
             num_clusters=max(self.grouping.clusters_for(clusters.shape), int(clusters.table.max()) + 1),
             per_map=self.scope.per_map,
-            per_sample=per_sample,
+            per_sample=self.per_sample or sampling,
             rescale=self.rescale,
-            paired=paired,
+            paired=self.paired and not sampling,
             shift=0.618 * ranks.rank() % 1.0,
         )
 
