@@ -42,6 +42,7 @@ class Stage:
         tuning_seed: of the tuning runs; none of the final ones.
         validation_samples: how many training images, not trained on, tuning runs are scored on.
         rounds: (seeds, names of methods) of the final runs, in the order in which they are to be run.
+        tuning_samples: training images of the tuning runs; as many as in the final ones by default.
         explores: whether the final runs too are scored on validation images: to look around, and to leave the
             test images to a later stage.
 
@@ -54,6 +55,7 @@ class Stage:
     tuning_seed: int
     validation_samples: int
     rounds: Sequence[tuple[Sequence[int], Sequence[str]]]
+    tuning_samples: int | None = None
     explores: bool = False
 
     def __post_init__(self) -> None:
@@ -144,7 +146,9 @@ def final_runs(stage: Stage, records: Iterable[Record]) -> list[Run]:
 
 
 def _tuning_run(stage: Stage, method: Method, change: dict[str, Any]) -> Run:
-    changes = {**method.fixed, **change, **aside(stage), "seed": stage.tuning_seed}
+    samples = stage.base.train_samples if stage.tuning_samples is None else stage.tuning_samples
+    apart = {**aside(stage), "train_samples": samples, "seed": stage.tuning_seed}
+    changes = {**method.fixed, **change, **apart}
     return Run(method.name, replace(stage.base, **changes), "tuning")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data import DataName
+from variants import VariantName
 
 RegularizerName = Literal[
     "none",
@@ -54,6 +55,7 @@ class Settings:
             random, and "blocks", fixed squares; "random-start", by k-means from random features, not from
             squares, and to the end; "ward", connected ones; as ideas "mixed-sizes" and "explained", see
             `clusterers.py`.
+        variant: of "dropcluster": another part in place of the package's own, see `variants.py`.
         cluster_size: mean number of features per cluster.
         scope: what is grouped: features within each "map", "position"s, whole "channel"s, or the "layer".
         every_n_epochs: epochs between two clusterings; 0 to keep the first.
@@ -62,6 +64,7 @@ class Settings:
         epochs: passes over the training images, at least 1.
         batch_size: images per step, at least 1.
         lr: peak of the one-cycle learning rate, above 0.
+        regularizer_lr: peak for the parameters of a regulariser that is learned, above 0; by default `lr`.
         weight_decay: of SGD, at least 0.
         precision: of the arithmetic, in Lightning's words.
         channels_last: store images and weights with the channels last, often faster.
@@ -88,6 +91,7 @@ class Settings:
     block_size: int = 7
     pair_weight: float = 0.0
     clusters: ClustersName = "learned"
+    variant: VariantName = "none"
     cluster_size: int | float | None = None
     scope: Literal["map", "position", "layer", "channel"] = "map"
     every_n_epochs: int = 5
@@ -96,6 +100,7 @@ class Settings:
     epochs: int = 10
     batch_size: int = 128
     lr: float = 0.1
+    regularizer_lr: float | None = None
     weight_decay: float = 5e-4
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     channels_last: bool = False
@@ -109,6 +114,8 @@ class Settings:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be above 0, got {self.lr}")
+        if self.regularizer_lr is not None and not 0 < self.regularizer_lr < math.inf:
+            raise ValueError(f"regularizer_lr must be above 0, got {self.regularizer_lr}")
         if not 0 <= self.pair_weight < math.inf:
             raise ValueError(f"pair_weight must be at least 0, got {self.pair_weight}")
         if self.corrupted_samples < 0:

@@ -22,6 +22,9 @@ StageName = Literal[
     "blocks-rest-1000",
     "blocks-pairs-1000",
     "act-layer-1000",
+    "ideas-1000",
+    "blocks-2000",
+    "blocks-5000",
 ]
 
 QUICK = Stage(
@@ -264,7 +267,11 @@ BLOCKS_REST_1000 = replace(
         _sized("ProbDropBlock", "block_size", 3, 5, regularizer="prob_drop_block"),
         _sized("CorrDrop", "block_size", 3, 5, regularizer="corr_drop"),
         _plain("DropPath", 0.1, 0.2, 0.4, 0.6, regularizer="drop_path"),
-        Method("Advanced Dropout", {**_AFTER_ADD, "regularizer": "advanced_dropout"}),
+        Method(
+            "Advanced Dropout",
+            {**_AFTER_ADD, "regularizer": "advanced_dropout"},
+            tuple({"regularizer_lr": lr} for lr in (1e-4, 1e-3, 1e-2, 1e-1)),
+        ),
     ),
     rounds=(
         (
@@ -307,6 +314,50 @@ ACT_LAYER_1000 = replace(
 )
 """Where learned clusters had looked best beside shuffled ones: after the stem, over the layer as a whole."""
 
+IDEAS: dict[str, dict[str, Any]] = {
+    "as usual": {},
+    "profiles of values": {"variant": "values"},
+    "noise for zeros": {"variant": "noise"},
+    "noise for zeros, shuffled": {"variant": "noise", "clusters": "shuffled"},
+    "another image's features for zeros": {"variant": "other-image"},
+    "another image's features for zeros, shuffled": {"variant": "other-image", "clusters": "shuffled"},
+    "probability by salience": {"variant": "salience"},
+    "probability by salience, shuffled": {"variant": "salience", "clusters": "shuffled"},
+}
+
+
+def _ideas() -> Stage:
+    fixed = {"regularizer": "dropcluster", **PLACES["blocks, after add and act"], **GROUPINGS["map"]}
+    methods = [Method(name, {**fixed, **change}) for name, change in IDEAS.items()]
+    return _explore([*methods, Method("none")], seeds=(200, 201))
+
+
+IDEAS_1000 = _ideas()
+"""More changes of one thing, as in the stage of factors."""
+
+_FEWER = tuple({"cluster_size": size, "drop_prob": prob} for size in (4, 16) for prob in (0.2, 0.35))
+BLOCKS_2000 = replace(
+    BLOCKS_1000,
+    base=replace(BLOCKS_1000.base, train_samples=2000),
+    methods=(
+        Method("DropCluster", {**_AFTER_ADD, **_CLUSTERS}, _FEWER),
+        Method("DropCluster, shuffled", {**_AFTER_ADD, **_CLUSTERS, "clusters": "shuffled"}, _FEWER),
+        Method("none"),
+        _plain("Dropout", 0.1, 0.2, 0.3, 0.4, regularizer="dropout"),
+        _sized("DropBlock", "block_size", 3, 5, regularizer="drop_block"),
+    ),
+    rounds=((range(3), (*LEARNED_AND_SHUFFLED, *OTHERS)), (range(3, 5), (*LEARNED_AND_SHUFFLED, *OTHERS))),
+)
+"""Twice the images; settings to choose from lie around what was chosen for half as many."""
+
+BLOCKS_5000 = replace(
+    BLOCKS_2000,
+    base=replace(BLOCKS_2000.base, train_samples=5000),
+    tuning_samples=2000,
+    rounds=((range(3), (*LEARNED_AND_SHUFFLED, "none", "Dropout")),),
+)
+"""Five times the images, with what was chosen for 2,000."""
+
 STAGES: dict[str, Stage] = {
     "quick": QUICK,
     "stem-2000": STEM_2000,
@@ -320,4 +371,7 @@ STAGES: dict[str, Stage] = {
     "blocks-rest-1000": BLOCKS_REST_1000,
     "blocks-pairs-1000": BLOCKS_PAIRS_1000,
     "act-layer-1000": ACT_LAYER_1000,
+    "ideas-1000": IDEAS_1000,
+    "blocks-2000": BLOCKS_2000,
+    "blocks-5000": BLOCKS_5000,
 }

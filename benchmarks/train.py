@@ -20,8 +20,10 @@ from scoring import score, score_corrupted
 from settings import Settings, arguments
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from variants import variant
 
 from lightning_dropcluster import DropCluster, RBlock
+from lightning_dropcluster.regularizers import Regularizer
 from lightning_dropcluster.visualization import plot_clusters
 
 
@@ -29,10 +31,17 @@ class Classifier(RBlock, pl.LightningModule):
     """Cross entropy or R-Block's loss, SGD with Nesterov momentum, one learning-rate cycle; and scores."""
 
     def __init__(
-        self, model: nn.Module, num_classes: int, lr: float, weight_decay: float, pair_weight: float = 0.0
+        self,
+        model: nn.Module,
+        num_classes: int,
+        lr: float,
+        weight_decay: float,
+        pair_weight: float = 0.0,
+        regularizer_lr: float | None = None,
     ) -> None:
         super().__init__()
         self.model, self.lr, self.weight_decay, self.pair_weight = model, lr, weight_decay, pair_weight
+        self.regularizer_lr = lr if regularizer_lr is None else regularizer_lr
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.ece = MulticlassCalibrationError(num_classes, n_bins=15, norm="l1")
 
@@ -57,11 +66,12 @@ class Classifier(RBlock, pl.LightningModule):
         self.log("nll", F.cross_entropy(logits, labels), on_epoch=True, batch_size=len(labels))
 
     def configure_optimizers(self) -> Any:
-        sgd = torch.optim.SGD(
-            self.parameters(), self.lr, momentum=0.9, nesterov=True, weight_decay=self.weight_decay
-        )
-        steps = int(self.trainer.estimated_stepping_batches)
-        cycle = torch.optim.lr_scheduler.OneCycleLR(sgd, self.lr, total_steps=steps, cycle_momentum=False)
+        learned = [p for m in self.modules() if isinstance(m, Regularizer) for p in m.parameters()]
+        others = [p for p in self.parameters() if all(p is not q for q in learned)]
+        groups = [{"params": others}, {"params": learned}]
+        sgd = torch.optim.SGD(groups, self.lr, momentum=0.9, nesterov=True, weight_decay=self.weight_decay)
+        steps, peaks = int(self.trainer.estimated_stepping_batches), [self.lr, self.regularizer_lr]
+        cycle = torch.optim.lr_scheduler.OneCycleLR(sgd, peaks, total_steps=steps, cycle_momentum=False)
         return {"optimizer": sgd, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
 
@@ -80,7 +90,7 @@ def run(settings: Settings) -> dict[str, Any]:
         FileNotFoundError: if there are no images in `data_dir`.
         ValueError: if a setting is out of range.
     """
-    with quiet():
+    with quiet(), variant(settings.variant):
         pl.seed_everything(settings.seed, workers=True, verbose=False)
         batches = build_batches(settings)
         classifier = build_classifier(settings, len(batches.data.classes))
@@ -132,7 +142,14 @@ def build_classifier(settings: Settings, num_classes: int) -> Classifier:
     model = build_model(settings.model, settings.stem, num_classes, drop_path=drop_path)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return Classifier(model, num_classes, settings.lr, settings.weight_decay, settings.pair_weight)
+    return Classifier(
+        model,
+        num_classes,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        pair_weight=settings.pair_weight,
+        regularizer_lr=settings.regularizer_lr,
+    )
 
 
 def build_trainer(settings: Settings, callback: pl.Callback | None) -> pl.Trainer:

@@ -59,6 +59,14 @@ def test_tuning_looks_at_validation_images_only():
     assert {run.phase for run in runs} == {"tuning"}
 
 
+def test_tuning_may_have_images_of_its_own_number():
+    stage = replace(STAGE, tuning_samples=30)
+    assert {run.settings.train_samples for run in tuning_runs(stage)} == {30}
+    assert {
+        run.settings.train_samples for run in final_runs(stage, map(fake_record, tuning_runs(stage)))
+    } == {40}
+
+
 def test_the_lowest_validation_nll_is_chosen_and_lent_to_the_control():
     assert choose(STAGE, TUNED) == {"dropped": {"drop_prob": 0.5}, "control": {"drop_prob": 0.5}, "none": {}}
     with pytest.raises(

@@ -14,6 +14,7 @@ from demo import main as demo_main
 from record import commit, device_name, parse, quiet, write_line
 from settings import ClustersName, RegularizerName
 from train import Settings, build_batches, build_model, run
+from variants import VariantName
 
 TRAIN = Path(__file__).resolve().parents[2] / "benchmarks" / "train.py"
 TINY = Settings(model="test_resnet.r160_in1k", data="fake", epochs=1, batch_size=16, progress_bar=False)
@@ -86,10 +87,18 @@ def test_every_regularizer_trains(name):
     assert (scores(record) == plain) == (name == "none")
 
 
-def test_every_kind_of_clusters_and_pairs_train_otherwise():
+def test_a_learned_regularizer_has_a_rate_of_its_own():
+    settings = replace(DROP, regularizer="advanced_dropout")
+    same, slow = (scores(run(replace(settings, regularizer_lr=lr))) for lr in (settings.lr, 1e-6))
+    assert same == scores(run(settings))
+    assert slow != same
+
+
+def test_every_kind_of_clusters_pairs_and_variants_train_otherwise():
     # The ideas may find the usual clusters in noise; test_clusterers_script.py tells them apart.
     kinds = [name for name in get_args(ClustersName) if name not in ("mixed-sizes", "explained")]
     changes = [{"clusters": name} for name in kinds] + [{"pair_weight": 1.0}, {"per_sample": False}]
+    changes += [{"variant": name} for name in get_args(VariantName) if name != "none"]
     found = [tuple(scores(run(replace(DROP, drop_prob=0.5, **change)))) for change in changes]
     assert len(set(found)) == len(changes)
     assert tuple(scores(run(replace(DROP, drop_prob=0.5, any_layer=True)))) == found[0]
@@ -159,6 +168,7 @@ def test_unfit_models():
         ({"epochs": 0}, r"epochs must be at least 1, got 0"),
         ({"lr": 0.0}, r"lr must be above 0, got 0\.0"),
         ({"lr": float("nan")}, r"lr must be above 0, got nan"),
+        ({"regularizer_lr": 0.0}, r"regularizer_lr must be above 0, got 0\.0"),
         ({"corrupted_samples": -1}, r"corrupted_samples must be at least 0, got -1"),
         ({"pair_weight": -1.0}, r"pair_weight must be at least 0, got -1\.0"),
         ({"plot": "clusters.png"}, r"plot must be None unless regularizer is 'dropcluster'"),
