@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from clusterers import Blocks, Explained, MixedSizes, RandomStart, Shuffled
+from models import tell_channels
 from settings import ClustersName, Settings
 from torch import nn
 
@@ -42,6 +43,7 @@ def build_callback(settings: Settings, model: nn.Module, **changes: Any) -> pl.C
         options = {**common, **_cluster_options(settings), **changes}
         return DropCluster(layers, settings.drop_prob, **options)
     if settings.regularizer == "advanced_dropout":  # learns what others are told, and is made layer by layer
+        tell_channels(model)
         return StructuredDropout(layers, settings.regularizer, **{**common, "schedule": None})
     options = {"paired": settings.pair_weight > 0}
     if settings.regularizer in WITH_BLOCKS:

@@ -6,7 +6,10 @@ from difflib import get_close_matches
 from typing import Any
 
 import timm
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from lightning_dropcluster.layers import count_channels
 
 SMALL_RESNET: tuple[str, dict[str, Any]] = (
     "resnet18",
@@ -39,6 +42,26 @@ def build_model(name: str, stem: str, num_classes: int, *, drop_path: float = 0.
     if stem == "cifar":
         _replace_stem(model, name)
     return model
+
+
+@torch.no_grad()
+def tell_channels(model: nn.Module) -> None:
+    """Let modules that do not tell their number of channels, such as activations, tell it as out_channels.
+
+    Args:
+        model: for images of three channels; it is run once on one.
+    """
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if count_channels(module) is None and output.ndim > 1:
+            module.out_channels = output.shape[1]  # pyright: ignore[reportArgumentType]
+
+    handles = [module.register_forward_hook(note) for module in model.modules()]
+    was_training = model.training
+    model.eval()(torch.zeros(1, 3, 32, 32))
+    model.train(was_training)
+    for handle in handles:
+        handle.remove()
 
 
 def _replace_stem(model: nn.Module, name: str) -> None:

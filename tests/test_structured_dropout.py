@@ -499,7 +499,12 @@ FITS = [
     ("cluster_drop", {}, ValueError, r"calling it with \(64\) failed"),
     (Steered, {}, ValueError, "drop_prob=None: must be given, since Steered has no such attribute"),
     (lambda: nn.LazyConv2d(3, 1), {}, ValueError, "makes lazy parameters, which no optimiser takes"),
-    (lambda c: Gate(c), {"layers": "act1", "layer_types": nn.ReLU}, ValueError, "'model.act1' does not"),
+    (
+        lambda c: Gate(c),
+        {"layers": "act1", "layer_types": nn.ReLU},
+        ValueError,
+        "'model.act1' does not tell: set the layer's attribute out_channels",
+    ),
     (
         nn.MaxPool2d(2),
         {},

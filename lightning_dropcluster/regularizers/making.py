@@ -116,11 +116,15 @@ def _arguments(source: Callable[..., nn.Module], layer: nn.Module, name: str) ->
     needed = [p.name for p in parameters if p.default is p.empty and p.kind in kinds]
     if not needed:
         return []
-    channels = count_channels(layer)
-    if len(needed) > 1 or channels is None:
-        lacking = ", ".join(needed[1:]) or f"the number of channels, which layer {name!r} does not tell"
+    if len(needed) > 1:
         raise ValueError(
-            f"regularizer={source!r}: needs {lacking}; give a callable of the number of channels alone, or a "
-            "module"
+            f"regularizer={source!r}: needs {', '.join(needed[1:])}; give a callable of the number of "
+            "channels alone, or a module"
+        )
+    channels = count_channels(layer)
+    if channels is None:
+        raise ValueError(
+            f"regularizer={source!r}: needs the number of channels, which layer {name!r} does not tell: set "
+            "the layer's attribute out_channels, or give a module"
         )
     return [channels]

@@ -11,6 +11,7 @@ from clusterers import Explained, MixedSizes
 from corruptions import CORRUPTIONS
 from demo import Demo
 from demo import main as demo_main
+from models import tell_channels
 from record import commit, device_name, parse, quiet, write_line
 from settings import ClustersName, RegularizerName
 from train import Settings, build_batches, build_model, run
@@ -88,7 +89,7 @@ def test_every_regularizer_trains(name):
 
 
 def test_a_learned_regularizer_has_a_rate_of_its_own():
-    settings = replace(DROP, regularizer="advanced_dropout")
+    settings = replace(DROP, regularizer="advanced_dropout", layers="act1", any_layer=True)
     same, slow = (scores(run(replace(settings, regularizer_lr=lr))) for lr in (settings.lr, 1e-6))
     assert same == scores(run(settings))
     assert slow != same
@@ -149,6 +150,15 @@ def test_the_cifar_stem_keeps_the_resolution(name):
     model.layer1.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-2:]))
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
     assert seen == [(32, 32)]
+
+
+def test_activations_tell_their_channels_where_they_are_made_to():
+    model = build_model("test_resnet.r160_in1k", "timm", 10)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tell_channels(model)
+    assert model.act1.out_channels == model.bn1.num_features
+    assert model.training
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_unfit_models():
