@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -48,11 +48,9 @@ def print_layers(
         console.print(note, style="yellow")
     if found.patterns:
         console.print("\nPatterns to copy:" if picked is None else "\nOther choices:", style="bold")
-    for title, patterns in found.patterns.items():
-        listed = ", ".join(f'"{pattern}"' for pattern in patterns)
+    for title, text in _suggestions(found):
         console.print(f"  {title}", style="dim")
-        text = f"    layers={listed}" if len(patterns) == 1 else f"    layers=[{listed}]"
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(f"    {text}", markup=False, soft_wrap=True)
 
 
 def print_history(history: LayerHistory) -> None:
@@ -67,6 +65,19 @@ def print_history(history: LayerHistory) -> None:
         since = agreement(labels[-1], labels[-2], history.scope)
         parts.append(f"agreement with epoch {epochs[-2]}: {since:.2f}")
     _console().print(f"[bold]{history.name}[/]  {headline(parts)}")
+
+
+def _suggestions(found: Preview) -> Iterator[tuple[str, str]]:
+    """Yield titles and arguments to copy."""
+    if found.stages:
+        yield "output of each stage but the last", f"{_argument(found.stages)}, layer_types=torch.nn.Module"
+    for title, patterns in found.patterns.items():
+        yield title, _argument(patterns)
+
+
+def _argument(patterns: Sequence[str]) -> str:
+    listed = ", ".join(f'"{pattern}"' for pattern in patterns)
+    return f"layers={listed}" if len(patterns) == 1 else f"layers=[{listed}]"
 
 
 def _console() -> Console:

@@ -14,7 +14,7 @@ from lightning_dropcluster.layers import LayerTypes, Pattern, select_layers
 from lightning_dropcluster.reclustering import Grouping
 from lightning_dropcluster.scopes import SCOPES, Shape
 from lightning_dropcluster.sketch import Sketch
-from lightning_dropcluster.suggestions import Call, stage_ends, suggest_patterns
+from lightning_dropcluster.suggestions import Call, stage_ends, suggest_patterns, suggest_stages
 
 _NO_FORWARD = {"_forward_unimplemented", "LightningModule.forward"}
 
@@ -70,10 +70,13 @@ class Preview:
     Args:
         layers: the layers picked, in the order of ``named_modules()``.
         patterns: common choices in this model, title to patterns for ``layers=``.
+        stages: names of the stages but the last, as far as timm tells them, for ``layers=`` together with
+            ``layer_types=torch.nn.Module``: their outputs, past which no shortcut leads.
     """
 
     layers: tuple[LayerPreview, ...]
     patterns: Mapping[str, Sequence[str]]
+    stages: Sequence[str] = ()
 
     @property
     def sketch_bytes(self) -> int:
@@ -156,7 +159,7 @@ def preview(
     calls = _trace(module, picked, example_input)
     shapes = {call.name: call.shape for call in reversed(calls) if call.shape}
     found = (_describe(name, layer, shapes.get(name), grouping, sizes) for name, layer in picked.items())
-    return Preview(tuple(found), suggest_patterns(module, calls))
+    return Preview(tuple(found), suggest_patterns(module, calls), tuple(suggest_stages(calls)))
 
 
 def format_bytes(size: int) -> str:
@@ -206,11 +209,11 @@ def _trace(module: nn.Module, picked: Mapping[str, nn.Module], example_input: An
     args, kwargs = _arguments(module, example_input)
     calls: list[Call] = []
     ends = stage_ends(module)
-    watched = {**_convs(module), **picked, **ends}
+    watched = {**_convs(module), **picked, **{name: module.get_submodule(name) for name in ends}}
 
     def note(name: str, output: Any) -> None:
         shape = tuple(output.shape[1:]) if isinstance(output, Tensor) and output.ndim > 1 else None
-        calls.append(Call(name, watched[name], shape, ends_stage=name in ends))
+        calls.append(Call(name, watched[name], shape, ends.get(name)))
 
     with ExitStack() as stack:
         for name, layer in watched.items():

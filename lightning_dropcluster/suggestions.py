@@ -23,13 +23,23 @@ class Call:
         name: of the module.
         module: itself.
         shape: (C, *spatial) of its output, ``None`` where that is no tensor.
-        ends_stage: whether it is one of `stage_ends`.
+        stage_channels: what `stage_ends` says of it, ``None`` where it is none of these.
     """
 
     name: str
     module: nn.Module
     shape: Shape | None
-    ends_stage: bool = False
+    stage_channels: int | None = None
+
+    @property
+    def ends_stage(self) -> bool:
+        """Whether it is one of `stage_ends`."""
+        return self.stage_channels is not None
+
+    @property
+    def gives_stage_maps(self) -> bool:
+        """Whether it ends a stage with maps of more than one position, not with tokens or channels last."""
+        return self.shape is not None and self.shape[0] == self.stage_channels and prod(self.shape[1:]) > 1
 
     @property
     def is_conv(self) -> bool:
@@ -37,7 +47,7 @@ class Call:
         return isinstance(self.module, CONV_LAYERS) and bool(self.shape) and prod(self.shape[1:]) > 1
 
 
-def stage_ends(root: nn.Module) -> dict[str, nn.Module]:
+def stage_ends(root: nn.Module) -> dict[str, int]:
     """Find the modules with which the stages of a model end.
 
     Args:
@@ -45,16 +55,16 @@ def stage_ends(root: nn.Module) -> dict[str, nn.Module]:
             where their stages end.
 
     Returns:
-        Name to module; none for other models.
+        Name to number of channels; none for other models.
     """
     named = dict(root.named_modules())
-    ends = {}
+    ends: dict[str, int] = {}
     for prefix, model in [("", root), *((f"{name}.", child) for name, child in root.named_children())]:
         info = getattr(model, "feature_info", None)
         for entry in getattr(info, "info", info) or ():
             name = prefix + str(entry["module"])
             if name in named:
-                ends[name] = named[name]
+                ends[name] = entry["num_chs"]
     return ends
 
 
@@ -71,7 +81,7 @@ def suggest_patterns(root: nn.Module, calls: Sequence[Call]) -> dict[str, list[s
     convs = [call for call in calls if call.is_conv]
     if not convs:
         return {}
-    ends = _last_convs(calls)
+    ends = list(dict.fromkeys(conv for _, conv in _stages(calls)))
     large = [call for call in convs if max(_kernel(call)) > 1]
     late = convs[convs.index(ends[-3]) + 1 :] if len(ends) > 2 else []
     choices = {
@@ -84,6 +94,24 @@ def suggest_patterns(root: nn.Module, calls: Sequence[Call]) -> dict[str, list[s
     names = list(select_layers(root, "**"))
     patterns = {title: cover(names, [c.name for c in chosen]) for title, chosen in choices.items() if chosen}
     return {title: globs for title, globs in patterns.items() if len(globs) <= _MOST_PATTERNS}
+
+
+def suggest_stages(calls: Sequence[Call]) -> list[str]:
+    """Name the outputs of the stages but the last, past which no shortcut leads.
+
+    Args:
+        calls: as for `suggest_patterns`.
+
+    Returns:
+        Names, without that of the stem; none where stages do not end with maps of several positions.
+    """
+    stem = next((call for call in calls if call.is_conv), None)
+    stages = dict(_stages(calls))
+    return [
+        end.name
+        for end, conv in list(stages.items())[:-1]
+        if end.gives_stage_maps and conv not in (end, stem) and "stem" not in end.name.split(".")
+    ]
 
 
 def cover(names: Collection[str], wanted: Collection[str]) -> list[str]:
@@ -128,16 +156,14 @@ def _generalisations(name: str) -> Iterator[str]:
         yield f"{head}.**"
 
 
-def _last_convs(calls: Sequence[Call]) -> list[Call]:
-    """Find the last conv that ran in each stage, shortcuts aside."""
-    found: list[Call] = []
+def _stages(calls: Sequence[Call]) -> Iterator[tuple[Call, Call]]:
+    """Yield each call that ends a stage with that of the last conv in it, shortcuts aside."""
     last: Call | None = None
     for call in calls:
         if call.is_conv and not _SHORTCUTS & set(call.name.split(".")):
             last = call
         if call.ends_stage and last is not None:
-            found.append(last)
-    return list(dict.fromkeys(found))
+            yield call, last
 
 
 def _kernel(call: Call) -> tuple[int, ...]:

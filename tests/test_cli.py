@@ -65,9 +65,10 @@ def test_other_input_sizes(run, size, title):
 
 def test_suggestions_can_be_pasted(run):
     out = run("layers", "resnet50")
-    pasted = [eval(f"dict({line.strip()})")["layers"] for line in out.splitlines() if "layers=" in line]
-    assert pasted[0] == "conv1"
-    assert pasted[2] == ["layer3.*.conv2", "layer4.*.conv2"]
+    pasted = [eval(f"dict({line.strip()})") for line in out.splitlines() if "layers=" in line]
+    assert pasted[0] == {"layers": ["layer1", "layer2", "layer3"], "layer_types": torch.nn.Module}
+    assert pasted[1] == {"layers": "conv1"}
+    assert pasted[3] == {"layers": ["layer3.*.conv2", "layer4.*.conv2"]}
 
 
 def test_one_by_one_maps_have_a_note(run):

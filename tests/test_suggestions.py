@@ -57,6 +57,25 @@ def test_families(family):
 
 
 @pytest.mark.parametrize(
+    ("family", "stages"),
+    [
+        ("resnet18", ("layer1", "layer2", "layer3")),
+        ("convnext_atto", ("stages.0", "stages.1", "stages.2")),
+        ("efficientnet_b0", ("blocks.0", "blocks.1", "blocks.2", "blocks.4")),
+        ("nfnet_f0", ("stages.0", "stages.1", "stages.2")),  # stem and head are convs among its stages
+        ("maxvit_tiny_tf_224", ("stages.0", "stages.1", "stages.2")),  # whose stem has two convs
+        ("swin_tiny_patch4_window7_224", ()),  # channels last
+        ("vit_tiny_patch16_224", ()),  # tokens
+        ("hrnet_w18_small", ()),  # several outputs
+    ],
+)
+def test_outputs_of_stages(family, stages):
+    model = on_meta(family)
+    assert preview(model, example_input=model.default_cfg["input_size"]).stages == stages
+    assert not stages or tuple(select_layers(model, list(stages), nn.Module)) == stages
+
+
+@pytest.mark.parametrize(
     ("family", "late"),
     [
         ("resnet50", ["layer3.*.conv2", "layer4.*.conv2"]),
@@ -69,8 +88,9 @@ def test_last_two_stages(family, late):
 
 def test_names_have_the_childs_prefix_in_a_lightning_module():
     parts = nn.ModuleDict({"model": on_meta("resnet18")})
-    patterns = preview(parts, example_input=(3, 64, 64)).patterns
-    assert patterns[ENDS][0] == "model.layer1.1.conv2"
+    found = preview(parts, example_input=(3, 64, 64))
+    assert found.patterns[ENDS][0] == "model.layer1.1.conv2"
+    assert found.stages[0] == "model.layer1"
 
 
 def test_a_model_that_names_no_stages_has_patterns_too():
