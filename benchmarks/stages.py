@@ -285,9 +285,9 @@ BLOCKS_REST_1000 = replace(
 BLOCKS_PAIRS_1000 = replace(
     BLOCKS_1000,
     methods=(
-        BLOCKS_1000.methods[0],
-        _sized("R-Block", "block_size", 3, 5, regularizer="drop_block", pair_weight=1.0),
         _sized("DropCluster in pairs", "cluster_size", 4, 16, **_CLUSTERS, pair_weight=1.0),
+        _sized("R-Block", "block_size", 3, 5, regularizer="drop_block", pair_weight=1.0),
+        BLOCKS_1000.methods[0],
     ),
     rounds=((range(3), ("DropCluster", "R-Block", "DropCluster in pairs")),),
 )
