@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,10 @@ from fits import Classifier, make_loader
 from pytorch_lightning.cli import LightningCLI
 from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+from torch import nn
 
 import lightning_dropcluster
-from lightning_dropcluster import DropCluster, select_layers
+from lightning_dropcluster import DropCluster, preview, select_layers
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
@@ -125,10 +127,12 @@ ROWS = re.findall(r"^\| `(\w+)` (\|.*)$", (ROOT / "docs" / "patterns.md").read_t
 def test_patterns_for_common_models_pick_something(name, cells):
     with torch.device("meta"):
         model = timm.create_model(name)
-    patterns = re.findall(r'`"(.+?)"`', cells)
-    assert patterns
-    for pattern in patterns:
+    stem, stages, *others = [re.findall(r'`"(.+?)"`', cell) for cell in cells.strip("|").split("|")]
+    assert stem
+    for pattern in chain(stem, *others):
         assert select_layers(model, pattern)
+    suggested = preview(model, example_input=model.default_cfg["input_size"]).stages
+    assert not stages or tuple(select_layers(model, stages, nn.Module)) == suggested
 
 
 def test_the_table_of_settings_is_that_of_the_callback():
