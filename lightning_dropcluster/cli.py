@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from lightning_dropcluster.checkpoint_plots import read_histories, read_image, save_plots
 from lightning_dropcluster.checks import check_number
-from lightning_dropcluster.layers import nearest_names, select_layers
+from lightning_dropcluster.layers import CONV_LAYERS, nearest_names, select_layers
 from lightning_dropcluster.listing import print_history, print_layers
 from lightning_dropcluster.preview import Preview, preview
 
@@ -59,6 +60,7 @@ def layers(
     match: list[str] | None = None,
     *,
     input: str | None = None,
+    any_layer: bool = False,
     show_all: bool = False,
     num_clusters: int | None = None,
     cluster_size: float | None = None,
@@ -72,6 +74,7 @@ def layers(
         model: name of a timm model, such as resnet50.
         match: patterns, as for DropCluster(layers=...).
         input: input size, such as 3x224x224, 3x160x192 or 224; the model's own by default.
+        any_layer: let --match pick modules of any type, as layer_types=torch.nn.Module does.
         show_all: with --match, show every layer that is not picked too.
         num_clusters: clusters per feature map.
         cluster_size: or mean number of features per cluster; 16 by default.
@@ -84,9 +87,15 @@ def layers(
     """
     settings = {"num_clusters": num_clusters, "cluster_size": cluster_size, "scope": scope}
     settings |= {"num_samples": num_samples, "sketch_dim": sketch_dim}
+    kinds = None
+    if any_layer:
+        if match is None:
+            raise ValueError("any_layer=True: needs --match, or every module would be picked")
+        kinds = nn.Module
+        settings |= {"layers": [_is_conv, *match], "layer_types": kinds}
     shape = parse_size(input)
     network, found = _look(model, shape, settings)
-    picked = None if match is None else set(select_layers(network, match))
+    picked = None if match is None else set(select_layers(network, match, kinds))
     size = "×".join(map(str, shape or network.default_cfg["input_size"]))
     print_layers(model, size, found, picked, scope=scope, show_all=show_all)
 
@@ -146,8 +155,12 @@ def parse_size(text: str | None) -> tuple[int, ...] | None:
     return tuple(sides) if len(sides) == 3 else (3, *(sides * 2))
 
 
+def _is_conv(_name: str, module: nn.Module) -> bool:
+    return isinstance(module, CONV_LAYERS)
+
+
 def _look(name: str, shape: tuple[int, ...] | None, settings: dict[str, Any]) -> tuple[Any, Preview]:
-    """Build a model and preview all its conv layers: on the meta device, or in memory where it cannot."""
+    """Build a model and preview layers, all conv layers by default: on the meta device, or in memory."""
     for device in ("meta", "cpu"):
         try:
             with torch.device(device):
@@ -176,7 +189,10 @@ def _add_layers(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--all", action="store_true", dest="show_all", help="with --match, show the other layers too"
     )
-    parser.add_function_arguments(layers, skip={"model", "match", "show_all"})
+    parser.add_argument(
+        "--any-layer", action="store_true", dest="any_layer", help="let --match pick modules of any type"
+    )
+    parser.add_function_arguments(layers, skip={"model", "match", "show_all", "any_layer"})
 
 
 def _add_plot(parser: ArgumentParser) -> None:

@@ -71,6 +71,18 @@ def test_suggestions_can_be_pasted(run):
     assert pasted[3] == {"layers": ["layer3.*.conv2", "layer4.*.conv2"]}
 
 
+def test_modules_of_any_type_are_listed_among_the_convs(run):
+    out = run("layers", "resnet18", "--match", "layer[1-3]", "--any-layer", "--all")
+    rows = re.findall(r"● +(\S+) +(\S+) +(\S+)", out)
+    assert rows == [
+        ("layer1", "Sequential", "64×56×56"),
+        ("layer2", "Sequential", "128×28×28"),
+        ("layer3", "Sequential", "256×14×14"),
+    ]
+    assert out.count("Conv2d") == 20
+    assert "3 layers" in out
+
+
 def test_one_by_one_maps_have_a_note(run):
     assert "9 of these have maps of 1 × 1" in run(
         "layers", "mobilenetv3_small_050", "--match", "**.se.conv_reduce"
@@ -94,6 +106,7 @@ def test_a_pipe_gets_whole_names(capsys, monkeypatch):
             ["resnet18", "--match", "layr1.conv"],
             "layers='layr1.conv' matches no layer; nearest .*layer1.0.conv1",
         ),
+        (["resnet18", "--any-layer"], "any_layer=True: needs --match"),
         (["resnet18", "--input", "3x7"], "input='3x7': must be a size such as 3x224x224 or 224"),
         (["resnet18", "--scope", "maps"], "scope='maps': must be one of map, position"),
         (["vit_tiny_patch16_224", "--input", "32"], "does not run on input=.*doesn't match model"),
