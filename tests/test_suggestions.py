@@ -86,6 +86,25 @@ def test_last_two_stages(family, late):
     assert preview(on_meta(family), example_input=(3, 224, 224)).patterns[LATE] == late
 
 
+class Permute(nn.Module):
+    def __init__(self, *order):
+        super().__init__()
+        self.order = order
+
+    def forward(self, x):
+        return x.permute(self.order)
+
+
+def test_a_stage_that_ends_with_channels_last_is_left_out():
+    def conv():
+        return nn.Conv2d(4, 4, 3, padding=1)
+
+    last = nn.Sequential(conv(), Permute(0, 2, 3, 1))
+    model = nn.Sequential(conv(), nn.Sequential(conv()), last, nn.Sequential(Permute(0, 3, 1, 2), conv()))
+    model.feature_info = [{"module": str(stage), "num_chs": 4} for stage in (0, 1, 2, 3)]
+    assert preview(model, example_input=(4, 9, 9)).stages == ("1",)
+
+
 def test_names_have_the_childs_prefix_in_a_lightning_module():
     parts = nn.ModuleDict({"model": on_meta("resnet18")})
     found = preview(parts, example_input=(3, 64, 64))
