@@ -209,27 +209,28 @@ FACTORS: dict[str, dict[str, Any]] = {
     "idea: sizes by explained variance": {"clusters": "explained", "cluster_size": 4},
     "idea: agreement of two draws": {"pair_weight": 1.0},
     "idea: agreement of two draws, shuffled": {"pair_weight": 1.0, "clusters": "shuffled"},
+    "Dropout, agreement of two draws": {"pair_weight": 1.0, "regularizer": "dropout"},
 }
 
 
-def _factors() -> Stage:
+def _one_at_a_time(changes: dict[str, dict[str, Any]]) -> Stage:
     fixed = {"regularizer": "dropcluster", **PLACES["blocks, after add and act"], **GROUPINGS["map"]}
-    methods = [Method(name, {**fixed, **change}) for name, change in FACTORS.items()]
-    dropout = {**fixed, "regularizer": "dropout"}
-    methods.append(Method("Dropout, agreement of two draws", {**dropout, "pair_weight": 1.0}))
+    methods = [Method(name, {**fixed, **change}) for name, change in changes.items()]
     return _explore([*methods, Method("none")], seeds=(200, 201))
 
 
-FACTORS_1000 = _factors()
+FACTORS_1000 = _one_at_a_time(FACTORS)
 """One change at a time, on validation images, where dropping did most in the stage before; and ideas."""
 
 _AFTER_ADD = PLACES["blocks, after add and act"]
-_LOW, _HIGH = 0.35, 0.5
+_PROBS = (0.35, 0.5)
 
 
-def _sized(name: str, size: str, small: float, large: float, **fixed: Any) -> Method:
+def _sized(
+    name: str, size: str, small: float, large: float, *, probs: Sequence[float] = _PROBS, **fixed: Any
+) -> Method:
     """A method after the addition, with the probabilities and sizes to choose from."""
-    grid = tuple({"drop_prob": prob, size: value} for value in (small, large) for prob in (_LOW, _HIGH))
+    grid = tuple({"drop_prob": prob, size: value} for value in (small, large) for prob in probs)
     return Method(name, {**_AFTER_ADD, **fixed}, grid)
 
 
@@ -238,8 +239,8 @@ def _plain(name: str, *probs: float, **fixed: Any) -> Method:
     return Method(name, {**_AFTER_ADD, **fixed}, tuple({"drop_prob": prob} for prob in probs))
 
 
-_CLUSTERS = {"regularizer": "dropcluster", "scope": "map"}
-_IN_LAYER = {"regularizer": "dropcluster", "scope": "layer", "clusters": "shuffled"}
+_CLUSTERS: dict[str, Any] = {"regularizer": "dropcluster", "scope": "map"}
+_IN_LAYER: dict[str, Any] = {"regularizer": "dropcluster", "scope": "layer", "clusters": "shuffled"}
 BLOCKS_1000 = Stage(
     base=replace(OVERFIT, corrupted_samples=250),
     methods=(
@@ -324,29 +325,21 @@ IDEAS: dict[str, dict[str, Any]] = {
     "probability by salience": {"variant": "salience"},
     "probability by salience, shuffled": {"variant": "salience", "clusters": "shuffled"},
 }
-
-
-def _ideas() -> Stage:
-    fixed = {"regularizer": "dropcluster", **PLACES["blocks, after add and act"], **GROUPINGS["map"]}
-    methods = [Method(name, {**fixed, **change}) for name, change in IDEAS.items()]
-    return _explore([*methods, Method("none")], seeds=(200, 201))
-
-
-IDEAS_1000 = _ideas()
+IDEAS_1000 = _one_at_a_time(IDEAS)
 """More changes of one thing, as in the stage of factors."""
 
-_FEWER = tuple({"cluster_size": size, "drop_prob": prob} for size in (4, 16) for prob in (0.2, 0.35))
+_LESS = (0.2, 0.35)
 BLOCKS_2000 = replace(
     BLOCKS_1000,
     base=replace(BLOCKS_1000.base, train_samples=2000),
     methods=(
-        Method("DropCluster", {**_AFTER_ADD, **_CLUSTERS}, _FEWER),
-        Method("DropCluster, shuffled", {**_AFTER_ADD, **_CLUSTERS, "clusters": "shuffled"}, _FEWER),
+        _sized("DropCluster", "cluster_size", 4, 16, probs=_LESS, **_CLUSTERS),
+        _sized("DropCluster, shuffled", "cluster_size", 4, 16, probs=_LESS, **_CLUSTERS, clusters="shuffled"),
         Method("none"),
         _plain("Dropout", 0.1, 0.2, 0.3, 0.4, regularizer="dropout"),
         _sized("DropBlock", "block_size", 3, 5, regularizer="drop_block"),
     ),
-    rounds=((range(3), (*LEARNED_AND_SHUFFLED, *OTHERS)), (range(3, 5), (*LEARNED_AND_SHUFFLED, *OTHERS))),
+    rounds=((range(5), (*LEARNED_AND_SHUFFLED, *OTHERS)),),
 )
 """Twice the images; settings to choose from lie around what was chosen for half as many."""
 
