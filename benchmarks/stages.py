@@ -25,6 +25,8 @@ StageName = Literal[
     "ideas-1000",
     "blocks-2000",
     "blocks-5000",
+    "resnet18-1000",
+    "augmented-2000",
 ]
 
 QUICK = Stage(
@@ -283,16 +285,23 @@ BLOCKS_REST_1000 = replace(
 )
 """The other peers there."""
 
+_PAIRED_CONTROLS = ("shuffled in pairs", "Dropout in pairs")
 BLOCKS_PAIRS_1000 = replace(
     BLOCKS_1000,
     methods=(
         _sized("DropCluster in pairs", "cluster_size", 4, 16, **_CLUSTERS, pair_weight=1.0),
         _sized("R-Block", "block_size", 3, 5, regularizer="drop_block", pair_weight=1.0),
         BLOCKS_1000.methods[0],
+        _sized("shuffled in pairs", "cluster_size", 4, 16, **_CLUSTERS, clusters="shuffled", pair_weight=1.0),
+        _plain("Dropout in pairs", 0.3, 0.4, 0.5, 0.6, regularizer="dropout", pair_weight=1.0),
     ),
-    rounds=((range(3), ("DropCluster", "R-Block", "DropCluster in pairs")),),
+    rounds=(
+        (range(3), ("DropCluster", "R-Block", "DropCluster in pairs")),
+        (range(3), _PAIRED_CONTROLS),
+        (range(3, 5), ("DropCluster", "R-Block", "DropCluster in pairs", *_PAIRED_CONTROLS)),
+    ),
 )
-"""Two draws that agree, at twice the time per step."""
+"""Two draws that agree, at twice the time per step; and whether it takes clusters."""
 
 _AFTER_ACT = {**PLACES["stem, after act"], "regularizer": "dropcluster", "scope": "layer"}
 _STRONG = tuple({"cluster_size": size, "drop_prob": prob} for size in (32, 128) for prob in (0.4, 0.6))
@@ -343,13 +352,39 @@ BLOCKS_2000 = replace(
 )
 """Twice the images; settings to choose from lie around what was chosen for half as many."""
 
+_FIRST_FOUR = (*LEARNED_AND_SHUFFLED, "none", "Dropout")
+_OUTPUTS: dict[str, Any] = {"layers": "layer[1-3]", "any_layer": True}
 BLOCKS_5000 = replace(
     BLOCKS_2000,
     base=replace(BLOCKS_2000.base, train_samples=5000),
     tuning_samples=2000,
-    rounds=((range(3), (*LEARNED_AND_SHUFFLED, "none", "Dropout")),),
+    rounds=((range(5), _FIRST_FOUR),),
 )
 """Five times the images, with what was chosen for 2,000."""
+
+RESNET18_1000 = replace(
+    BLOCKS_1000,
+    base=replace(BLOCKS_1000.base, model="resnet18", corrupted_samples=0),
+    methods=(
+        Method("DropCluster", {**_OUTPUTS, **_CLUSTERS, "drop_prob": 0.35, "cluster_size": 16}),
+        Method(
+            "DropCluster, shuffled",
+            {**_OUTPUTS, **_CLUSTERS, "drop_prob": 0.35, "cluster_size": 16, "clusters": "shuffled"},
+        ),
+        Method("none"),
+        Method("Dropout", {**_OUTPUTS, "regularizer": "dropout", "drop_prob": 0.3}),
+    ),
+    rounds=((range(5), _FIRST_FOUR),),
+)
+"""A larger network, timm's own, with what was chosen for the small one."""
+
+AUGMENTED_2000 = replace(
+    BLOCKS_2000,
+    base=replace(BLOCKS_2000.base, augment=True),
+    methods=BLOCKS_2000.methods[:4],
+    rounds=((range(5), _FIRST_FOUR),),
+)
+"""The usual augmentation, which leaves less to be gained."""
 
 STAGES: dict[str, Stage] = {
     "quick": QUICK,
@@ -367,4 +402,6 @@ STAGES: dict[str, Stage] = {
     "ideas-1000": IDEAS_1000,
     "blocks-2000": BLOCKS_2000,
     "blocks-5000": BLOCKS_5000,
+    "resnet18-1000": RESNET18_1000,
+    "augmented-2000": AUGMENTED_2000,
 }
