@@ -1,0 +1,136 @@
+"""On a GPU that only pretends, so that any machine can tell: a step waits for no value and mixes no devices.
+
+Tensors without values that say they are on a GPU fail where the host looks at one, as it would have to wait, and
+where one of the CPU comes in. They tell nothing of results and speed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_dropcluster import REGULARIZERS
+from lightning_dropcluster.clustered_layers import ClusteredLayers
+from lightning_dropcluster.clustering import FaissKMeans
+from lightning_dropcluster.layers import select_layers
+from lightning_dropcluster.reclustering import Grouping
+from lightning_dropcluster.scopes import SCOPES
+from lightning_dropcluster.sketch import Sketch
+
+SHAPE = (4, 6, 8)
+OPTIONS = {
+    "advanced_dropout": {"num_channels": 4, "reduction": 2},
+    "cluster_drop": {"labels": (torch.arange(192) % 7).reshape(SHAPE)},
+}
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+class NoCopies(TorchDispatchMode):
+    """Fail where values go from one device to another, since the host may have to wait for them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        assert len({x.device.type for x in tensors}) <= 1, f"{func} copies between devices"
+        return out
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[None]:
+    with FakeTensorMode(), NoCopies():
+        yield
+
+
+def moved(module: nn.Module) -> nn.Module:
+    for part in module.modules():
+        for held in (part._buffers, part._parameters):
+            for name, value in held.items():
+                if value is not None:
+                    there = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+                    held[name] = nn.Parameter(there) if isinstance(value, nn.Parameter) else there
+    return module
+
+
+def make_maps(samples: int = 8, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    maps = torch.empty(samples, *SHAPE, device="cuda").to(memory_format=memory_format)
+    return maps.requires_grad_()
+
+
+def go_back(out: Tensor) -> list[Tensor]:
+    """Apply the last operation's backward function alone: torch's engine needs a GPU that is there."""
+    backward = getattr(out.grad_fn, "apply", out.grad_fn)
+    return [grad for grad in tree_leaves(backward(torch.empty_like(out))) if grad is not None]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_regularisers_wait_for_no_value(name, memory_format):
+    module = REGULARIZERS[name](**OPTIONS.get(name, {}))
+    with pretended_gpu():
+        out = moved(module)(make_maps(memory_format=memory_format))
+        assert {x.device.type for x in (out, *go_back(out))} == {"cuda"}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_sketch_waits_for_no_value(scope):
+    sketch = Sketch(SHAPE, scope=scope, num_samples=16, sketch_dim=8)
+    with pretended_gpu():
+        moved(sketch).update(make_maps())
+
+
+def make_step(model: nn.Module, *, gathers: bool) -> ClusteredLayers:
+    """Hook a model, let it learn clusters on the CPU, and move it to the GPU for the next step."""
+    layers = ClusteredLayers(
+        Grouping(cluster_size=4),
+        FaissKMeans(),
+        num_samples=8,
+        sketch_dim=8,
+        seed=0,
+        overlap_steps=0,
+        per_sample=True,
+        rescale="batch",
+    )
+    layers.attach(model, select_layers(model, "layer*.*.conv2"), torch.device("cpu"))
+    layers.open_window()
+    while not layers.end_step():
+        layers.begin_step(0.0)
+        model(torch.randn(8, 3, 64, 64))
+    if gathers:
+        layers.open_window()
+    layers.begin_step(0.3)
+    return layers
+
+
+@pytest.mark.parametrize("gathers", [False, True])
+def test_a_step_waits_for_no_value_but_to_learn_whether_the_window_is_full(gathers):
+    model = timm.create_model("resnet18", num_classes=10)
+    layers = make_step(model, gathers=gathers)
+    with pretended_gpu():
+        for module in (model, *layers._gatherings.values()):
+            moved(module)
+        layers.begin_step(0.3)
+        assert model(torch.empty(8, 3, 64, 64, device="cuda")).device.type == "cuda"
+        with pytest.raises(DataDependentOutputException) if gathers else nullcontext():
+            layers.end_step()
+
+
+def test_the_pretence_notices_a_value_that_is_looked_at():
+    with pretended_gpu(), pytest.raises(DataDependentOutputException):
+        make_maps().sum().item()
+
+
+def test_the_pretence_notices_a_tensor_of_the_cpu():
+    with pretended_gpu(), pytest.raises(FakeTensorDeviceMismatchError):
+        make_maps() * torch.ones(8)
+
+
+def test_the_pretence_notices_a_copy():
+    with pretended_gpu(), pytest.raises(AssertionError, match="copies between devices"):
+        make_maps().cpu()
