@@ -27,7 +27,8 @@ demo: .venv/.installed ## Train a timm model on real images with the callback an
 
 .PHONY: test
 test: .venv/.installed ## Run all tests, with coverage
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=95 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
+		--cov --cov-report=term:skip-covered --cov-fail-under=95 $(PYTEST_ARGS)
 
 .PHONY: test-long
 test-long: .venv/.installed ## Run the tests that take minutes: the timm zoo, ranks, kills, fuzz

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from fits import Classifier, count_hooks, make_trainer
+from fits import Classifier, case_id, count_hooks, make_trainer
 from torch import nn
 
 from lightning_dropcluster import ClusterDrop, DropCluster, FaissKMeans, plot_clusters
@@ -81,14 +81,14 @@ ARGUMENTS = [
     ({"overlap_steps": -2}, ValueError, "overlap_steps=-2", "at least 0"),
     ({"seed": -1}, ValueError, "seed=-1", "in [0, 2147483647]"),
     ({"initial_labels": 7}, TypeError, "initial_labels=7", "a mapping of layer names to labels, or the path"),
-    ({"initial_labels": {"a": torch.rand(2, 4)}}, TypeError, "layer 'a'", "an integer tensor"),
+    ({"initial_labels": {"a": torch.full((2, 4), 0.5)}}, TypeError, "layer 'a'", "an integer tensor"),
     ({"initial_labels": {"a": torch.full((2, 4), 4)}}, ValueError, "layer 'a'", "[4, 4]", "in [0, 4)"),
     ({"initial_labels": {"a": torch.full((2, 4), -1)}}, ValueError, "layer 'a'", "in [0, 4)"),
     ({"initial_labels": "no/such.ckpt"}, FileNotFoundError, "no/such.ckpt", ""),
 ]
 
 
-@pytest.mark.parametrize("case", ARGUMENTS, ids=lambda case: str(case[0])[:50])
+@pytest.mark.parametrize("case", ARGUMENTS, ids=lambda case: case_id(case[0]))
 def test_arguments(case):
     options, error, *parts = case
     with pytest.raises(error) as caught:
@@ -192,7 +192,7 @@ FITS = [
 ]
 
 
-@pytest.mark.parametrize("case", FITS, ids=lambda case: " ".join(map(str, case[0].items()))[:60])
+@pytest.mark.parametrize("case", FITS, ids=lambda case: case_id(case[0]))
 def test_fits(case, loader):
     options, make_module, error, *parts = case
     module = make_module()

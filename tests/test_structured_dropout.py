@@ -7,7 +7,7 @@ import pickle
 import pytest
 import pytorch_lightning as pl
 import torch
-from fits import At, Classifier, ResumableLoader, count_hooks, make_loader, make_trainer, tiny_resnet
+from fits import At, Classifier, ResumableLoader, case_id, count_hooks, make_loader, make_trainer, tiny_resnet
 from processes import run_ranks
 from pytorch_lightning.callbacks import LearningRateFinder, WeightAveraging
 from pytorch_lightning.strategies import DDPStrategy
@@ -521,7 +521,7 @@ FITS = [
 ]
 
 
-@pytest.mark.parametrize("case", FITS, ids=str)
+@pytest.mark.parametrize("case", FITS, ids=case_id)
 def test_faulty_fits_are_named(case, loader):
     regularizer, options, error, match = case
     module = Idle()
