@@ -1,7 +1,7 @@
 """On a GPU that only pretends, so that any machine can tell: a step waits for no value and mixes no devices.
 
-Tensors without values that say they are on a GPU fail where the host looks at one, as it would have to wait, and
-where one of the CPU comes in. They tell nothing of results and speed.
+Tensors without values that say they are on a GPU fail where the host looks at one, as it would have to wait,
+and where one of the CPU comes in. They tell nothing of results and speed.
 """
 
 from collections.abc import Iterator
