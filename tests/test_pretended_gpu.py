@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_dropcluster import REGULARIZERS
 from lightning_dropcluster.clustered_layers import ClusteredLayers
 from lightning_dropcluster.clustering import FaissKMeans
+from lightning_dropcluster.clustering.torch_kmeans import assign_nearest, sums_by_product
 from lightning_dropcluster.layers import select_layers
 from lightning_dropcluster.reclustering import Grouping
 from lightning_dropcluster.scopes import SCOPES
@@ -83,6 +84,13 @@ def test_a_sketch_waits_for_no_value(scope):
     sketch = Sketch(SHAPE, scope=scope, num_samples=16, sketch_dim=8)
     with pretended_gpu():
         moved(sketch).update(make_maps())
+
+
+def test_an_iteration_of_k_means_waits_for_no_value():
+    with pretended_gpu():
+        points, means = torch.empty(5, 30, 8, device="cuda"), torch.empty(5, 4, 8, device="cuda")
+        labels, _ = assign_nearest(points, means)
+        assert sums_by_product(points, labels, 4).device.type == "cuda"
 
 
 def make_step(model: nn.Module, *, gathers: bool) -> ClusteredLayers:

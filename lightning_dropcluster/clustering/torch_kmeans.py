@@ -210,18 +210,44 @@ def _update(profiles: Tensor, alive: Tensor, labels: Tensor, means: Tensor) -> T
 
 def _sums(profiles: Tensor, labels: Tensor, alive: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
     """Add up the points of each cluster, (B, K, D), and count the live ones, (B, K, 1)."""
-    size = (len(profiles), num_clusters)
-    if profiles.is_cuda:  # a product, since atomic additions there come in any order
-        clusters = torch.arange(num_clusters, device=profiles.device)[:, None]
-        block = max(1, _BLOCK // (num_clusters * profiles.shape[1]))
-        parts = zip(labels.split(block), profiles.split(block), strict=True)
-        sums = torch.cat([(row[:, None] == clusters).to(some.dtype) @ some for row, some in parts])
-    else:
-        index = labels + num_clusters * torch.arange(len(profiles))[:, None]
-        sums = profiles.new_zeros(len(profiles) * num_clusters, profiles.shape[2])
-        sums = sums.index_add_(0, index.flatten(), profiles.flatten(0, 1)).reshape(*size, -1)
-    sizes = profiles.new_zeros(size).scatter_add_(1, labels, alive.to(profiles.dtype))
-    return sums, sizes[:, :, None]
+    add_up = sums_by_product if profiles.is_cuda else sums_by_index
+    sizes = profiles.new_zeros(len(profiles), num_clusters)
+    sizes.scatter_add_(1, labels, alive.to(profiles.dtype))
+    return add_up(profiles, labels, num_clusters), sizes[:, :, None]
+
+
+def sums_by_product(profiles: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
+    """Add up by a matrix product: on a GPU, where atomic additions come in any order.
+
+    Args:
+        profiles: (B, F, D).
+        labels: (B, F) int64 in [0, K).
+        num_clusters: K.
+
+    Returns:
+        (B, K, D).
+    """
+    clusters = torch.arange(num_clusters, device=profiles.device)[:, None]
+    block = max(1, _BLOCK // (num_clusters * profiles.shape[1]))
+    parts = zip(labels.split(block), profiles.split(block), strict=True)
+    return torch.cat([(row[:, None] == clusters).to(some.dtype) @ some for row, some in parts])
+
+
+def sums_by_index(profiles: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
+    """Add up point by point: on a CPU, with less work.
+
+    Args:
+        profiles: (B, F, D).
+        labels: (B, F) int64 in [0, K).
+        num_clusters: K.
+
+    Returns:
+        (B, K, D).
+    """
+    index = labels + num_clusters * torch.arange(len(profiles), device=labels.device)[:, None]
+    sums = profiles.new_zeros(len(profiles) * num_clusters, profiles.shape[2])
+    sums.index_add_(0, index.flatten(), profiles.flatten(0, 1))
+    return sums.reshape(len(profiles), num_clusters, -1)
 
 
 def _repair_all(

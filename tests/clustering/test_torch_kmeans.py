@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from lightning_dropcluster.clustering import TorchKMeans, torch_kmeans
-from lightning_dropcluster.clustering.torch_kmeans import assign_nearest, lloyd
+from lightning_dropcluster.clustering.torch_kmeans import (
+    assign_nearest,
+    lloyd,
+    sums_by_index,
+    sums_by_product,
+)
 
 SETTINGS = {"tolerance": 0.0, "min_share": 0.0, "seed": 0}
 
@@ -46,6 +51,17 @@ def test_blocks_of_problems_assign_as_all_at_once():
         alone = assign_nearest(points[[index]], means[[index]])
         assert (alone[0] == labels[[index]]).float().mean() > 0.999
         torch.testing.assert_close(alone[1], distances[[index]], rtol=0, atol=1e-4)
+
+
+@given(st.integers(1, 4), st.integers(1, 30), st.integers(1, 8), st.sampled_from([1, 2**21]))
+@settings(deadline=None, max_examples=40)
+def test_a_gpu_adds_up_the_points_of_clusters_as_a_cpu_does(problems, items, clusters, block):
+    profiles = make_profiles(problems, items)
+    labels = torch.randint(clusters, (problems, items), generator=torch.Generator().manual_seed(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_kmeans, "_BLOCK", block)
+        by_product = sums_by_product(profiles, labels, clusters)
+    torch.testing.assert_close(by_product, sums_by_index(profiles, labels, clusters))
 
 
 def test_every_iteration_lowers_the_inertia():
