@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -81,9 +82,15 @@ def check_requirement(target: str) -> None:
 
 
 def check_options(script: list[str], arguments: tuple[str, ...]) -> None:
-    shown = subprocess.run([sys.executable, *script, "--help"], capture_output=True, text=True, check=True)
     options = {word.partition("=")[0] for word in arguments if word.startswith("--")}
-    assert options <= set(re.findall(r"--[a-z-]+", shown.stdout))
+    assert options <= known_options(*script)
+
+
+@cache
+def known_options(*script: str) -> set[str]:
+    """Read what a script's help lists; starting one takes seconds, and documents name the same ones."""
+    shown = subprocess.run([sys.executable, *script, "--help"], capture_output=True, text=True, check=True)
+    return set(re.findall(r"--[a-z-]+", shown.stdout))
 
 
 PARSERS = [
