@@ -90,6 +90,7 @@ FIRST_METHODS = (
 )
 LEARNED_AND_SHUFFLED = ("DropCluster", "DropCluster, shuffled")
 OTHERS = ("none", "Dropout", "DropBlock")
+_FIRST_FOUR = (*LEARNED_AND_SHUFFLED, "none", "Dropout")
 
 STEM_2000 = Stage(
     base=replace(STEM, train_samples=2000),
@@ -285,6 +286,7 @@ BLOCKS_REST_1000 = replace(
 )
 """The other peers there."""
 
+_FIRST_PAIRED = ("DropCluster", "R-Block", "DropCluster in pairs")
 _PAIRED_CONTROLS = ("shuffled in pairs", "Dropout in pairs")
 BLOCKS_PAIRS_1000 = replace(
     BLOCKS_1000,
@@ -296,9 +298,9 @@ BLOCKS_PAIRS_1000 = replace(
         _plain("Dropout in pairs", 0.3, 0.4, 0.5, 0.6, regularizer="dropout", pair_weight=1.0),
     ),
     rounds=(
-        (range(3), ("DropCluster", "R-Block", "DropCluster in pairs")),
+        (range(3), _FIRST_PAIRED),
         (range(3), _PAIRED_CONTROLS),
-        (range(3, 5), ("DropCluster", "R-Block", "DropCluster in pairs", *_PAIRED_CONTROLS)),
+        (range(3, 5), (*_FIRST_PAIRED, *_PAIRED_CONTROLS)),
     ),
 )
 """Two draws that agree, at twice the time per step; and whether it takes clusters."""
@@ -318,7 +320,7 @@ ACT_LAYER_1000 = replace(
         ),
     ),
     rounds=(
-        (range(5), (*LEARNED_AND_SHUFFLED, "none", "Dropout")),
+        (range(5), _FIRST_FOUR),
         (range(5, 10), LEARNED_AND_SHUFFLED),
     ),
 )
@@ -352,8 +354,6 @@ BLOCKS_2000 = replace(
 )
 """Twice the images; settings to choose from lie around what was chosen for half as many."""
 
-_FIRST_FOUR = (*LEARNED_AND_SHUFFLED, "none", "Dropout")
-_OUTPUTS: dict[str, Any] = {"layers": "layer[1-3]", "any_layer": True}
 BLOCKS_5000 = replace(
     BLOCKS_2000,
     base=replace(BLOCKS_2000.base, train_samples=5000),
@@ -362,15 +362,14 @@ BLOCKS_5000 = replace(
 )
 """Five times the images, with what was chosen for 2,000."""
 
+_OUTPUTS: dict[str, Any] = {"layers": "layer[1-3]", "any_layer": True}
+_AS_CHOSEN: dict[str, Any] = {**_OUTPUTS, **_CLUSTERS, "drop_prob": 0.35, "cluster_size": 16}
 RESNET18_1000 = replace(
     BLOCKS_1000,
     base=replace(BLOCKS_1000.base, model="resnet18", corrupted_samples=0),
     methods=(
-        Method("DropCluster", {**_OUTPUTS, **_CLUSTERS, "drop_prob": 0.35, "cluster_size": 16}),
-        Method(
-            "DropCluster, shuffled",
-            {**_OUTPUTS, **_CLUSTERS, "drop_prob": 0.35, "cluster_size": 16, "clusters": "shuffled"},
-        ),
+        Method("DropCluster", _AS_CHOSEN),
+        Method("DropCluster, shuffled", {**_AS_CHOSEN, "clusters": "shuffled"}),
         Method("none"),
         Method("Dropout", {**_OUTPUTS, "regularizer": "dropout", "drop_prob": 0.3}),
     ),

@@ -18,8 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_dropcluster import REGULARIZERS
 from lightning_dropcluster.clustered_layers import ClusteredLayers
-from lightning_dropcluster.clustering import FaissKMeans
-from lightning_dropcluster.clustering.torch_kmeans import assign_nearest, sums_by_product
+from lightning_dropcluster.clustering import FaissKMeans, torch_kmeans
 from lightning_dropcluster.layers import select_layers
 from lightning_dropcluster.reclustering import Grouping
 from lightning_dropcluster.scopes import SCOPES
@@ -59,9 +58,8 @@ def moved(module: nn.Module) -> nn.Module:
     return module
 
 
-def make_maps(samples: int = 8, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    maps = torch.empty(samples, *SHAPE, device="cuda").to(memory_format=memory_format)
-    return maps.requires_grad_()
+def make_maps(memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    return torch.empty(8, *SHAPE, device="cuda").to(memory_format=memory_format).requires_grad_()
 
 
 def go_back(out: Tensor) -> list[Tensor]:
@@ -75,7 +73,7 @@ def go_back(out: Tensor) -> list[Tensor]:
 def test_regularisers_wait_for_no_value(name, memory_format):
     module = REGULARIZERS[name](**OPTIONS.get(name, {}))
     with pretended_gpu():
-        out = moved(module)(make_maps(memory_format=memory_format))
+        out = moved(module)(make_maps(memory_format))
         assert {x.device.type for x in (out, *go_back(out))} == {"cuda"}
 
 
@@ -89,12 +87,12 @@ def test_a_sketch_waits_for_no_value(scope):
 def test_an_iteration_of_k_means_waits_for_no_value():
     with pretended_gpu():
         points, means = torch.empty(5, 30, 8, device="cuda"), torch.empty(5, 4, 8, device="cuda")
-        labels, _ = assign_nearest(points, means)
-        assert sums_by_product(points, labels, 4).device.type == "cuda"
+        labels, _ = torch_kmeans.assign_nearest(points, means)
+        assert torch_kmeans._sums_by_product(points, labels, 4).device.type == "cuda"
 
 
 def make_step(model: nn.Module, *, gathers: bool) -> ClusteredLayers:
-    """Hook a model, let it learn clusters on the CPU, and move it to the GPU for the next step."""
+    """Hook a model, let it learn clusters, and begin the step after that, all of it on the CPU."""
     layers = ClusteredLayers(
         Grouping(cluster_size=4),
         FaissKMeans(),

@@ -210,40 +210,22 @@ def _update(profiles: Tensor, alive: Tensor, labels: Tensor, means: Tensor) -> T
 
 def _sums(profiles: Tensor, labels: Tensor, alive: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
     """Add up the points of each cluster, (B, K, D), and count the live ones, (B, K, 1)."""
-    add_up = sums_by_product if profiles.is_cuda else sums_by_index
+    add_up = _sums_by_product if profiles.is_cuda else _sums_by_index
     sizes = profiles.new_zeros(len(profiles), num_clusters)
     sizes.scatter_add_(1, labels, alive.to(profiles.dtype))
     return add_up(profiles, labels, num_clusters), sizes[:, :, None]
 
 
-def sums_by_product(profiles: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
-    """Add up by a matrix product: on a GPU, where atomic additions come in any order.
-
-    Args:
-        profiles: (B, F, D).
-        labels: (B, F) int64 in [0, K).
-        num_clusters: K.
-
-    Returns:
-        (B, K, D).
-    """
+def _sums_by_product(profiles: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
+    """Add up by a matrix product: on a GPU, where atomic additions come in any order."""
     clusters = torch.arange(num_clusters, device=profiles.device)[:, None]
     block = max(1, _BLOCK // (num_clusters * profiles.shape[1]))
     parts = zip(labels.split(block), profiles.split(block), strict=True)
     return torch.cat([(row[:, None] == clusters).to(some.dtype) @ some for row, some in parts])
 
 
-def sums_by_index(profiles: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
-    """Add up point by point: on a CPU, with less work.
-
-    Args:
-        profiles: (B, F, D).
-        labels: (B, F) int64 in [0, K).
-        num_clusters: K.
-
-    Returns:
-        (B, K, D).
-    """
+def _sums_by_index(profiles: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
+    """Add up point by point: on a CPU, with less work."""
     index = labels + num_clusters * torch.arange(len(profiles), device=labels.device)[:, None]
     sums = profiles.new_zeros(len(profiles) * num_clusters, profiles.shape[2])
     sums.index_add_(0, index.flatten(), profiles.flatten(0, 1))

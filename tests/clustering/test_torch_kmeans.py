@@ -7,12 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from lightning_dropcluster.clustering import TorchKMeans, torch_kmeans
-from lightning_dropcluster.clustering.torch_kmeans import (
-    assign_nearest,
-    lloyd,
-    sums_by_index,
-    sums_by_product,
-)
+from lightning_dropcluster.clustering.torch_kmeans import assign_nearest, lloyd
 
 SETTINGS = {"tolerance": 0.0, "min_share": 0.0, "seed": 0}
 
@@ -60,8 +55,8 @@ def test_a_gpu_adds_up_the_points_of_clusters_as_a_cpu_does(problems, items, clu
     labels = torch.randint(clusters, (problems, items), generator=torch.Generator().manual_seed(1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_kmeans, "_BLOCK", block)
-        by_product = sums_by_product(profiles, labels, clusters)
-    torch.testing.assert_close(by_product, sums_by_index(profiles, labels, clusters))
+        by_product = torch_kmeans._sums_by_product(profiles, labels, clusters)
+    torch.testing.assert_close(by_product, torch_kmeans._sums_by_index(profiles, labels, clusters))
 
 
 def test_every_iteration_lowers_the_inertia():
