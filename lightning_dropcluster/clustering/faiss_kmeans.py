@@ -2,18 +2,20 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from threading import Lock
 
+import faiss
 import numpy as np
-import torch  # before faiss, which then finds the CUDA libraries that torch brings
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import faiss  # isort: skip
 from lightning_dropcluster.clustering.protocol import is_alive
 from lightning_dropcluster.clustering.repair import Labels, Points, centroids, repair
 from lightning_dropcluster.clustering.torch_kmeans import KMeans
 
 _PARTS = 8  # of the work for each thread of the pool
+_GPU_LOCK = Lock()
 _GPU_SCRATCH = 128 * 2**20  # bytes; FAISS would take 1.5 GiB outside torch's allocator
 
 
@@ -122,7 +124,7 @@ def assign_on_gpu(points: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
         Labels (B, F) int64 and squared distances (B, F) on the device.
     """
     resources, device = _gpu_resources(points.device.index), points.device.index
-    with torch.cuda.device(points.device):
+    with _GPU_LOCK, torch.cuda.device(points.device):
         found = [
             faiss.knn_gpu(resources, some, centres, 1, device=device)
             for some, centres in zip(points.contiguous(), means.contiguous(), strict=True)
@@ -132,7 +134,7 @@ def assign_on_gpu(points: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache
 def _gpu_resources(device: int) -> "faiss.StandardGpuResources":
-    """One set of FAISS resources per process and device; they are not safe to share between threads."""
+    """One set of FAISS resources per process and device, for one thread at a time."""
     import faiss.contrib.torch_utils  # lets knn_gpu take tensors, on torch's current stream
 
     with torch.cuda.device(device):

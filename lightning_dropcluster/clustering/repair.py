@@ -93,14 +93,18 @@ def _bound(points: Points, labels: Labels, num_clusters: int, most: float) -> La
 
     The sum of the squared sizes falls every time, since ``most`` is at least twice the mean: so this ends.
     """
+    means, sizes = centroids(points, labels, num_clusters)
     while (half := _half_of_largest(points, labels, most)) is not None:
-        means, sizes = centroids(points, labels, num_clusters)
-        smallest = sizes.argmin()
+        largest, smallest = labels[half[0]], sizes.argmin()
         has_room = sizes + sizes[smallest] <= most  # the second smallest has, at the least
         has_room[smallest] = False
         distances = np.square(means - means[smallest]).sum(1)
-        labels[labels == smallest] = np.where(has_room, distances, np.inf).argmin()
+        nearest = np.where(has_room, distances, np.inf).argmin()
+        labels[labels == smallest] = nearest
         labels[half] = smallest
+        for changed in (largest, smallest, nearest):
+            members = points[labels == changed]
+            means[changed], sizes[changed] = members.mean(0), len(members)
     return labels
 
 

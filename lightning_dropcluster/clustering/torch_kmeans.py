@@ -170,7 +170,7 @@ def lloyd(
 
 
 def assign_nearest(points: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
-    """Assign points to their nearest centroids, a block of problems at a time to bound memory.
+    """Assign points to their nearest centroids, a block of distances at a time to bound memory.
 
     Args:
         points: (B, F, D).
@@ -179,13 +179,22 @@ def assign_nearest(points: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Labels (B, F) int64 and squared distances (B, F).
     """
-    block = max(1, _BLOCK // (points.shape[1] * means.shape[1]))
-    nearest = []
-    for some, centres in zip(points.split(block), means.split(block), strict=True):
-        scores = torch.baddbmm(centres.square().sum(2)[:, None], some, centres.mT, alpha=-2.0)
-        best = scores.min(dim=2)
-        nearest.append((best.indices, (best.values + some.square().sum(2)).clamp(min=0.0)))
-    return torch.cat([n[0] for n in nearest]), torch.cat([n[1] for n in nearest])
+    problems, rows = _block_sides(points.shape[1], means.shape[1])
+    labels = points.new_empty(points.shape[:2], dtype=torch.int64)
+    distances = points.new_empty(points.shape[:2])
+    for block, centres in enumerate(means.split(problems)):
+        lengths, first = centres.square().sum(2)[:, None], block * problems
+        for start in range(0, points.shape[1], rows):
+            here = (slice(first, first + problems), slice(start, start + rows))
+            best = torch.baddbmm(lengths, points[here], centres.mT, alpha=-2.0).min(dim=2)
+            labels[here] = best.indices
+            distances[here] = best.values + points[here].square().sum(2)
+    return labels, distances.clamp_(min=0.0)
+
+
+def _block_sides(rows: int, columns: int) -> tuple[int, int]:
+    """How many problems of (rows, columns) numbers make a block, and how many rows where one is too many."""
+    return max(1, _BLOCK // (rows * columns)), min(rows, max(1, _BLOCK // columns))
 
 
 def _starting_centroids(
@@ -218,10 +227,12 @@ def _sums(profiles: Tensor, labels: Tensor, alive: Tensor, num_clusters: int) ->
 
 def _sums_by_product(profiles: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
     """Add up by a matrix product: on a GPU, where atomic additions come in any order."""
-    clusters = torch.arange(num_clusters, device=profiles.device)[:, None]
-    block = max(1, _BLOCK // (num_clusters * profiles.shape[1]))
-    parts = zip(labels.split(block), profiles.split(block), strict=True)
-    return torch.cat([(row[:, None] == clusters).to(some.dtype) @ some for row, some in parts])
+    problems, rows = _block_sides(num_clusters, profiles.shape[1])
+    clusters = torch.arange(num_clusters, device=profiles.device)[:, None].split(rows)
+    parts = zip(labels[:, None].split(problems), profiles.split(problems), strict=True)
+    return torch.cat(
+        [torch.cat([(of == some).to(x.dtype) @ x for some in clusters], dim=1) for of, x in parts]
+    )
 
 
 def _sums_by_index(profiles: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
@@ -238,8 +249,8 @@ def _repair_all(
     """Repair on the host the problems that need it."""
     labels, live = labels * alive, alive.sum(1)
     sizes = labels.new_zeros(len(labels), num_clusters).scatter_add_(1, labels, alive.to(labels.dtype))
-    smallest = (min_share * live.double() / num_clusters).floor().clamp(min=1.0)
-    largest = max_share * live.double() / num_clusters
+    smallest = (min_share * live.float() / num_clusters).floor().clamp(min=1.0)  # Apple's GPUs know no double
+    largest = max_share * live.float() / num_clusters
     needy = (live > 0) & ((sizes.amin(1) < smallest) | (sizes.amax(1) > largest))
     for index in needy.nonzero().flatten().tolist():
         lives = alive[index]

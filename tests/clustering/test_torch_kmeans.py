@@ -1,14 +1,19 @@
+from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_dropcluster.clustering import TorchKMeans, torch_kmeans
 from lightning_dropcluster.clustering.torch_kmeans import assign_nearest, lloyd
 
+BLOCKS = st.sampled_from([1, 50, 2**21])
 SETTINGS = {"tolerance": 0.0, "min_share": 0.0, "seed": 0}
 
 
@@ -26,14 +31,33 @@ def spy_on_inertia(inertias):
     return assign
 
 
-@given(st.integers(1, 3), st.integers(1, 30), st.integers(1, 8), st.integers(0, 99))
+@contextmanager
+def blocks_of(numbers):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_kmeans, "_BLOCK", numbers)
+        yield
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that an operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numbers = max(self.numbers, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)), 0)
+        return out
+
+
+@given(st.integers(1, 3), st.integers(1, 30), st.integers(1, 8), st.integers(0, 99), BLOCKS)
 @settings(deadline=None, max_examples=40)
-def test_assigns_to_the_nearest(problems, items, clusters, seed):
+def test_assigns_to_the_nearest(problems, items, clusters, seed, block):
     points, means = (
         make_profiles(problems, items, seed=seed),
         make_profiles(problems, clusters, seed=seed + 1),
     )
-    labels, distances = assign_nearest(points, means)
+    with blocks_of(block):
+        labels, distances = assign_nearest(points, means)
     nearest = torch.cdist(points.double(), means.double()).square().min(dim=2)
     assert torch.equal(labels, nearest.indices)
     torch.testing.assert_close(distances.double(), nearest.values, rtol=0, atol=1e-5)
@@ -48,13 +72,21 @@ def test_blocks_of_problems_assign_as_all_at_once():
         torch.testing.assert_close(alone[1], distances[[index]], rtol=0, atol=1e-4)
 
 
-@given(st.integers(1, 4), st.integers(1, 30), st.integers(1, 8), st.sampled_from([1, 2**21]))
+@pytest.mark.parametrize(("problems", "items", "clusters"), [(1, 500, 40), (1, 40, 500), (20, 50, 4)])
+def test_no_more_than_a_block_is_held_at_a_time(problems, items, clusters):
+    points, means = make_profiles(problems, items), make_profiles(problems, clusters)
+    with blocks_of(1000), Largest() as seen:
+        labels, _ = assign_nearest(points, means)
+        torch_kmeans._sums_by_product(points, labels, clusters)
+    assert seen.numbers <= max(1000, points.numel(), means.numel())
+
+
+@given(st.integers(1, 4), st.integers(1, 30), st.integers(1, 8), BLOCKS)
 @settings(deadline=None, max_examples=40)
 def test_a_gpu_adds_up_the_points_of_clusters_as_a_cpu_does(problems, items, clusters, block):
     profiles = make_profiles(problems, items)
     labels = torch.randint(clusters, (problems, items), generator=torch.Generator().manual_seed(1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_kmeans, "_BLOCK", block)
+    with blocks_of(block):
         by_product = torch_kmeans._sums_by_product(profiles, labels, clusters)
     torch.testing.assert_close(by_product, torch_kmeans._sums_by_index(profiles, labels, clusters))
 
@@ -117,6 +149,23 @@ def test_labels_of_any_integer_type_start_it():
     profiles, old = make_profiles(), torch.arange(60).repeat(3, 1) % 7
     expected = TorchKMeans().fit(profiles, 7, old)
     assert torch.equal(TorchKMeans().fit(profiles, 7, old.byte()), expected)
+
+
+class NoDoubles(TorchDispatchMode):
+    """Fails where a number of double precision is made, which GPUs of Apple do not know."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        assert all(x.dtype != torch.float64 for x in tree_leaves(out) if isinstance(x, Tensor)), func
+        return out
+
+
+def test_makes_no_doubles():
+    profiles = make_profiles()
+    profiles[:, ::4] = 0
+    with NoDoubles():
+        labels = TorchKMeans(max_share=2.0).fit(profiles, 7, grid=(6, 10))
+        TorchKMeans().fit(profiles, 7, labels)
 
 
 def test_uses_no_faiss():
