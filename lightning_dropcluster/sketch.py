@@ -111,9 +111,9 @@ class Sketch(nn.Module):
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             x = x[: self.num_samples - int(self.count)]
             return x.split(max(1, _SLICE // math.prod(self.shape))) if len(x) else ()
-        # Where the host must not look, they repeat the last sample wanted, with weight 0: 0 x inf is NaN.
-        last = (self.num_samples - self.count - 1).clamp(min=0)
-        return (x.index_select(0, torch.arange(len(x), device=x.device).clamp(max=last)),)
+        # Where the host must not look, they are zeros beside their weight of 0, as 0 x inf is NaN.
+        surplus = self.count + torch.arange(len(x), device=x.device) >= self.num_samples
+        return (x.masked_fill(surplus.reshape(-1, *(1 for _ in self.shape)), 0.0),)
 
     def _add(self, rows: Tensor, num_samples: int) -> None:
         """Add the observations (N * observations, items) of some samples."""

@@ -211,6 +211,17 @@ def test_what_cannot_be_squared_is_noticed(value, sample):
     assert not gather(x.split(5)).is_finite()
 
 
+@pytest.mark.parametrize("host_looks", [True, False])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_samples_beyond_those_asked_for_do_no_harm(value, host_looks, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: not host_looks)
+    x = make_x()
+    wanted, beyond = gather([x[:8]], num_samples=8), torch.full_like(x, value)
+    got = gather([x[:5], torch.cat([x[5:8], beyond]), beyond], num_samples=8)
+    assert got.is_finite()
+    torch.testing.assert_close(got.profiles(), wanted.profiles())
+
+
 def test_infinities_of_half_precision_are_noticed():
     assert not gather([(make_x() * 1e6).half()]).is_finite()
 
