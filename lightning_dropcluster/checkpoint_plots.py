@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,22 +78,23 @@ def save_plots(history: LayerHistory, folder: Path, *, image: Tensor | None, max
         The path of each picture, once it is written.
     """
     labels, moments = history.labels[-1], len(history.labels)
+    file = re.sub(r"[\\/:]", "_", history.name)  # a checkpoint may come from anywhere: no path leads out
     title = headline([history.name, f"epoch {history.epochs[-1]}"])
     shared: dict[str, Any] = {"title": history.name, "scope": history.scope}
     colors = neighbor_colors(*(one[:max_maps] for one in history.labels))
     previous = history.labels[-2] if moments > 1 else None
     options = {"epoch": history.epochs[-1], "previous": previous, "colors": colors, "max_maps": max_maps}
-    yield _save(plot_clusters(labels, **shared, **options), folder / f"{history.name}.png")
-    yield _save(plot_sizes(labels, title=title, scope=history.scope), folder / f"{history.name}.sizes.png")
+    yield _save(plot_clusters(labels, **shared, **options), folder / f"{file}.png")
+    yield _save(plot_sizes(labels, title=title, scope=history.scope), folder / f"{file}.sizes.png")
     if image is not None and labels.ndim == 3:
         figure = plot_overlay(labels, image, title=title, colors=colors, max_maps=min(max_maps, 7))
-        yield _save(figure, folder / f"{history.name}.overlay.png")
+        yield _save(figure, folder / f"{file}.overlay.png")
     if moments > 1:
         yield _save(
             plot_history(history.labels, epochs=history.epochs, **shared),
-            folder / f"{history.name}.history.png",
+            folder / f"{file}.history.png",
         )
-        path = folder / f"{history.name}.history.gif"
+        path = folder / f"{file}.history.gif"
         save_animation(path, history.labels, epochs=history.epochs, max_maps=max_maps, **shared)
         yield path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sub = ArgumentParser(description=_first_line(run))
         add_arguments(sub)
         commands.add_subcommand(name, sub, help=_first_line(run))
-    parsed = parser.parse_args(args)
+    parsed = parser.parse_args([_with_underscores(word) for word in (sys.argv[1:] if args is None else args)])
     run, _ = _COMMANDS[parsed.command]
     try:
         run(**parsed[parsed.command].as_dict())
@@ -149,10 +150,16 @@ def parse_size(text: str | None) -> tuple[int, ...] | None:
     """
     if text is None:
         return None
-    if not re.fullmatch(r"[1-9]\d*([x×,][1-9]\d*){0,2}", text) or text.count("x") == 1:
+    if not re.fullmatch(r"[1-9]\d*([x×,][1-9]\d*[x×,][1-9]\d*)?", text):
         raise ValueError(f"input={text!r}: must be a size such as 3x224x224 or 224")
     sides = [int(side) for side in re.split("[x×,]", text)]
     return tuple(sides) if len(sides) == 3 else (3, *(sides * 2))
+
+
+def _with_underscores(word: str) -> str:
+    """Spell an option as the parser does, which takes no hyphens."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
 
 
 def _is_conv(_name: str, module: nn.Module) -> bool:
@@ -189,9 +196,7 @@ def _add_layers(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--all", action="store_true", dest="show_all", help="with --match, show the other layers too"
     )
-    parser.add_argument(
-        "--any-layer", action="store_true", dest="any_layer", help="let --match pick modules of any type"
-    )
+    parser.add_argument("--any_layer", action="store_true", help="let --match pick modules of any type")
     parser.add_function_arguments(layers, skip={"model", "match", "show_all", "any_layer"})
 
 

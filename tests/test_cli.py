@@ -11,6 +11,7 @@ from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_dropcluster import DropCluster
+from lightning_dropcluster.checkpoint_plots import LayerHistory, save_plots
 from lightning_dropcluster.cli import main, parse_size
 
 
@@ -118,10 +119,15 @@ def test_what_is_wrong_is_said_in_one_line(capsys, args, message):
     assert re.fullmatch(f"lightning-dropcluster layers: .*{message}.*", said)
 
 
-@pytest.mark.parametrize("text", ["", "3x", "x", "0x2x2", "3x7", "axb", "3x4x5x6"])
+@pytest.mark.parametrize("text", ["", "3x", "x", "0x2x2", "3x7", "224×224", "3,7", "axb", "3x4x5x6"])
 def test_bad_sizes(text):
     with pytest.raises(ValueError, match="must be a size"):
         parse_size(text)
+
+
+def test_options_may_be_spelt_with_hyphens(run):
+    args = ("layers", "resnet18", "--match", "layer[1-3]")
+    assert run(*args, "--any-layer", "--num-clusters=3") == run(*args, "--any_layer", "--num_clusters", "3")
 
 
 @pytest.mark.parametrize("package", ["rich", "jsonargparse"])
@@ -167,6 +173,14 @@ def test_a_checkpoint_is_drawn(run, checkpoints, tmp_path):
     written = sorted(path.name for path in (tmp_path / "new").iterdir())
     assert written == ["model.conv1.png", "model.conv1.sizes.png"]
     assert all(str(tmp_path / "new" / name) in out for name in written)
+
+
+def test_the_name_of_a_layer_leads_to_no_other_folder(tmp_path):
+    labels = torch.zeros(2, 4, 4).long()
+    for name in ("../escaped", str(tmp_path / "elsewhere"), "a/b"):
+        for path in save_plots(LayerHistory(name, "map", [0], [labels]), tmp_path, image=None, max_maps=1):
+            assert path.parent == tmp_path
+            assert path.exists()
 
 
 def test_checkpoints_of_a_run_become_a_history(run, checkpoints, tmp_path):

@@ -252,9 +252,18 @@ def test_of_many_moments_the_first_and_last_are_drawn():
     ]
 
 
-def test_an_animation_has_a_frame_per_moment(tmp_path):
+def test_an_animation_has_a_frame_per_moment(tmp_path, monkeypatch):
     history = [patches(2, 8, 4, moved=moved) for moved in (0.0, 2.0, 4.0)]
+    titles = []
+
+    def spy(*args, **kwargs):
+        figure = plot_clusters(*args, **kwargs)
+        titles.append(figure.get_suptitle())
+        return figure
+
+    monkeypatch.setattr("lightning_dropcluster.visualization.history.plot_clusters", spy)
     save_animation(tmp_path / "a.gif", history, epochs=[1, 2, 3], seconds=0.1)
+    assert ["agreement" in title for title in titles] == [False, True, True]
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 3
         gif.seek(2)
@@ -300,6 +309,10 @@ def test_the_histogram_holds_every_cluster():
         (lambda: plot_overlay(patches(1, 4, 2), torch.rand(2, 4, 4)), r"image of shape \(2, 4, 4\): must be"),
         (lambda: plot_overlay(torch.zeros(2, 3).long(), torch.rand(4, 4)), "only 2-d maps"),
         (lambda: plot_overlay(patches(1, 4, 2), torch.rand(4, 4), alpha=2), "alpha=2: must be"),
+        (
+            lambda: plot_overlay(patches(1, 4, 2), torch.rand(4, 4), colors=torch.rand(1, 3)),
+            r"colors of shape \(1, 3\): must be",
+        ),
         (lambda: plot_sizes(patches(1, 4, 2), scope="maps"), "scope='maps': must be one of"),
         (lambda: plot_clusters(patches(1, 4, 2), scope="maps"), "scope='maps': must be one of"),
     ],

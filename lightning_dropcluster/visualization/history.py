@@ -7,6 +7,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dropcluster.checks import check_choice, check_number
@@ -101,7 +102,7 @@ def save_animation(
         title: what the layer is called.
         scope: what was grouped, as for `DropCluster`.
         max_maps: at most this many of the first feature maps are drawn, at least 1.
-        seconds: how long each moment is shown, above 0; the last one three times as long.
+        seconds: how long each moment is shown, at least 0.02; the last one three times as long.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -115,7 +116,7 @@ def save_animation(
     for moment, labels in enumerate(history):
         options: dict[str, Any] = {"scope": scope, "colors": colors, "max_maps": max_maps, "title": title}
         options["epoch"] = None if epochs is None else epochs[moment]
-        options["previous"] = history[moment - 1] if moment else labels
+        options["previous"] = history[moment - 1] if moment else None
         frames.append(render(plot_clusters(labels, **options)))
     _save_gif(path, frames, seconds)
 
@@ -123,6 +124,8 @@ def save_animation(
 def _save_gif(path: str | PathLike[str], frames: list[Tensor], seconds: float) -> None:
     from PIL import Image
 
+    height = max(len(frame) for frame in frames)  # the first has a line less above its maps
+    frames = [F.pad(frame, (0, 0, 0, 0, height - len(frame), 0), value=255) for frame in frames]
     images = [Image.fromarray(frame.numpy()) for frame in frames]
     # One palette for all: with a palette of its own each frame would flicker.
     palette = Image.fromarray(torch.cat(frames).numpy()).quantize(256, dither=Image.Dither.NONE)
@@ -133,6 +136,8 @@ def _save_gif(path: str | PathLike[str], frames: list[Tensor], seconds: float) -
 
 def _check(history: Sequence[Tensor], epochs: Sequence[int] | None, scope: str) -> None:
     check_choice("scope", scope, SCOPES)
+    if isinstance(history, Tensor):
+        raise TypeError("history: must be a sequence of labels, the oldest first, not one tensor")
     if not history:
         raise ValueError("history: must hold the labels of at least one moment")
     for labels in history:

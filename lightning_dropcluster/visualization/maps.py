@@ -12,6 +12,7 @@ from lightning_dropcluster.scopes import SCOPES
 from lightning_dropcluster.visualization.colors import neighbor_colors
 from lightning_dropcluster.visualization.panels import (
     agreement,
+    check_colors,
     check_labels,
     cluster_count,
     draw_map,
@@ -63,12 +64,14 @@ def plot_clusters(
         ValueError: if `labels` has another shape, a count is below 1, or there are fewer colours than labels.
     """
     check_labels(labels)
+    if previous is not None and previous.shape != labels.shape:
+        raise ValueError(f"previous of shape {tuple(previous.shape)}: must be {tuple(labels.shape)}")
     check_choice("scope", scope, SCOPES)
     check_number("max_maps", max_maps, 1, integer=True)
     if columns is not None:
         check_number("columns", columns, 1, integer=True)
     images = shown_maps(labels, max_maps)
-    colors = _check_colors(colors, images) if colors is not None else neighbor_colors(images)
+    colors = neighbor_colors(images) if colors is None else check_colors(colors, images)
     columns = min(columns or _default_columns(images), len(images))
     rows = math.ceil(len(images) / columns)
     width, height = panel_inches(labels)
@@ -103,11 +106,3 @@ def _summary(labels: Tensor, images: Tensor, previous: Tensor | None, scope: str
 
 def _default_columns(images: Tensor) -> int:
     return 1 if images.shape[1] == 1 else math.ceil(math.sqrt(min(len(images), 16)))
-
-
-def _check_colors(colors: Tensor, images: Tensor) -> Tensor:
-    if colors.ndim != 2 or colors.shape[1] != 3 or len(colors) <= int(images.max()):
-        raise ValueError(
-            f"colors of shape {tuple(colors.shape)}: must be (K, 3), K at least {int(images.max()) + 1}"
-        )
-    return colors

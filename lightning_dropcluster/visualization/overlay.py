@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_dropcluster.checks import check_number
 from lightning_dropcluster.visualization.colors import neighbor_colors
 from lightning_dropcluster.visualization.panels import (
+    check_colors,
     check_labels,
     cluster_count,
     draw_map,
@@ -50,7 +51,8 @@ def plot_overlay(
     Raises:
         ImportError: if matplotlib is missing.
         TypeError: if `labels` is no integer tensor.
-        ValueError: if `labels` or `image` has another shape, or an argument is out of its range.
+        ValueError: if `labels` or `image` has another shape, an argument is out of its range, or there are
+            fewer colours than labels.
     """
     check_labels(labels)
     check_number("max_maps", max_maps, 1, integer=True)
@@ -58,7 +60,7 @@ def plot_overlay(
     if labels.ndim != 3:
         raise ValueError(f"labels of shape {tuple(labels.shape)}: only 2-d maps lie over an image")
     maps, picture = shown_maps(labels, max_maps), _picture(image)
-    colors = colors if colors is not None else neighbor_colors(maps)
+    colors = neighbor_colors(maps) if colors is None else check_colors(colors, maps)
     columns = min(4, len(maps) + 1)
     rows = math.ceil((len(maps) + 1) / columns)
     width, height = panel_inches(labels)

@@ -35,7 +35,9 @@ def new_figure(function: str) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"{function} needs matplotlib: pip install lightning-dropcluster[plot]") from error
+        raise ImportError(
+            f"{function} needs matplotlib: pip install 'lightning-dropcluster[plot]'"
+        ) from error
     figure = Figure(layout="compressed", dpi=150)
     figure._repr_png_ = partial(_to_png, figure)  # pyright: ignore[reportAttributeAccessIssue]
     return figure
@@ -84,6 +86,28 @@ def check_labels(labels: Any) -> None:
         raise ValueError(
             f"labels of shape {tuple(labels.shape)}: must be (C, *spatial) with 1 to 3 spatial axes"
         )
+    if int(labels.min()) < 0:
+        raise ValueError(f"labels: must be at least 0, but the smallest is {int(labels.min())}")
+
+
+def check_colors(colors: Tensor, images: Tensor) -> Tensor:
+    """Check that there is a colour for every label.
+
+    Args:
+        colors: what should be (K, 3).
+        images: labels to be drawn, of any shape.
+
+    Returns:
+        The colours.
+
+    Raises:
+        ValueError: if they have another shape, or there are fewer than labels.
+    """
+    if colors.ndim != 2 or colors.shape[1] != 3 or len(colors) <= int(images.max()):
+        raise ValueError(
+            f"colors of shape {tuple(colors.shape)}: must be (K, 3), K at least {int(images.max()) + 1}"
+        )
+    return colors
 
 
 def shown_maps(labels: Tensor, max_maps: int) -> Tensor:
