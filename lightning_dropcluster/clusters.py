@@ -131,7 +131,10 @@ def read_initial_labels(source: Any, scope: Scope) -> dict[str, Clusters]:
         )
     if not source:
         raise ValueError("initial_labels={}: must hold the labels of at least one layer")
-    return {str(name): clusters_from_labels(labels, scope, str(name)) for name, labels in source.items()}
+    try:
+        return {str(name): clusters_from_labels(labels, scope, str(name)) for name, labels in source.items()}
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"initial_labels: {error}") from error
 
 
 def read_checkpoint(path: str | PathLike[str]) -> SavedClusters:
@@ -215,8 +218,8 @@ def check_channels(clusters: Clusters, layer: nn.Module, name: str) -> None:
 def _clusters_in(path: str | PathLike[str], scope: Scope) -> dict[str, Clusters]:
     try:
         saved = read_checkpoint(path)
-    except ValueError as error:
-        raise ValueError(f"initial_labels={str(path)!r}: {error}") from error
+    except (FileNotFoundError, TypeError, ValueError) as error:
+        raise type(error)(f"initial_labels={str(path)!r}: {error}") from error
     found = {name: clusters for name, clusters in saved.clusters.items() if saved.scopes[name] is scope}
     if not found:
         raise ValueError(

@@ -59,6 +59,8 @@ def select_layers(
         >>> list(select_layers(nn.ModuleDict({"model": model}), "st*"))
         ['model.stem']
     """
+    if not isinstance(root, nn.Module):
+        raise TypeError(f"root={root!r}: must be a torch.nn.Module, not {type(root).__name__}")
     patterns = check_patterns(layers)
     types = check_layer_types(layer_types)
     names = _module_names(root)
@@ -213,7 +215,10 @@ def _explain_no_match(
         inside = [n for n in candidates if any(n.startswith(other + ".") for other in others)]
         if inside:
             advice = "" if str(pattern).startswith("re:") else f" (write '{pattern}.**' to pick them)"
-            return f"{head}; layers inside: {', '.join(inside[:5])}{advice}"
+            return (
+                f"{head}; layers inside: {', '.join(inside[:5])}{advice}; for its own output give "
+                "layer_types=torch.nn.Module"
+            )
         head += "; widen layer_types= to pick other layers"
     else:
         head = f"layers={pattern!r} matches no layer"

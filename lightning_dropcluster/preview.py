@@ -272,9 +272,15 @@ def _arguments(module: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[s
             "has no example_input_array"
         )
     weight = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    if isinstance(example, tuple | list) and example and all(type(side) is int for side in example):
-        if min(example) < 1:
-            raise ValueError(f"example_input={example!r}: sides must be at least 1")
+    numbers = isinstance(example, tuple | list) and all(isinstance(side, int | float) for side in example)
+    if isinstance(example, str | int | float) or (
+        numbers and not (example and all(type(side) is int and side > 0 for side in example))
+    ):
+        raise ValueError(
+            f"example_input={example!r}: must be a batch, or the shape (C, *spatial) of one sample, "
+            "integers of at least 1"
+        )
+    if numbers:
         return (torch.zeros(1, *example, dtype=weight.dtype, device=weight.device),), {}
     if isinstance(example, Mapping):
         return (), {name: _moved(value, weight.device) for name, value in example.items()}

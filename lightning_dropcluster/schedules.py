@@ -75,7 +75,7 @@ def make_schedule(schedule: str | Schedule) -> Schedule:
 
     Raises:
         TypeError: where ``schedule`` is neither a string nor a callable.
-        ValueError: where the name is unknown, or the callable leaves [0, 1] at 0, 0.5 or 1.
+        ValueError: where the name is unknown, or the callable fails or leaves [0, 1], at any hundredth.
     """
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
@@ -83,8 +83,11 @@ def make_schedule(schedule: str | Schedule) -> Schedule:
         return SCHEDULES[schedule]()
     if not callable(schedule):
         raise TypeError(f"schedule={schedule!r}: give a name or a callable, not {type(schedule).__name__}")
-    for fraction in (0.0, 0.5, 1.0):
-        value = schedule(fraction)
+    for fraction in (step / 100 for step in range(101)):
+        try:
+            value = schedule(fraction)
+        except Exception as error:
+            raise ValueError(f"schedule={schedule!r}: calling it with {fraction} failed: {error}") from error
         if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
             raise ValueError(
                 f"schedule={schedule!r}: must map [0, 1] to [0, 1], but {fraction} gave {value!r}"

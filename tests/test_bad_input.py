@@ -6,11 +6,22 @@ import re
 import pytest
 import torch
 from fits import Classifier, case_id, count_hooks, make_trainer
+from sklearn.cluster import KMeans
 from torch import nn
 
-from lightning_dropcluster import ClusterDrop, DropCluster, FaissKMeans, plot_clusters
+from lightning_dropcluster import (
+    AdvancedDropout,
+    ClusterDrop,
+    DropCluster,
+    FaissKMeans,
+    plot_clusters,
+    plot_history,
+    preview,
+    select_layers,
+)
 
 NAN, INF = float("nan"), float("inf")
+LABELS = torch.zeros(2, 4, 4).long()
 
 
 class NoFit:
@@ -55,10 +66,13 @@ ARGUMENTS = [
     ({"schedule": "stepwise"}, ValueError, "schedule='stepwise'", "one of linear, cosine, constant"),
     ({"schedule": 0.5}, TypeError, "schedule=0.5", "a name or a callable"),
     ({"schedule": lambda fraction: 2.0}, ValueError, "schedule=<function", "map [0, 1] to [0, 1]"),
+    ({"schedule": lambda f: 1.5 if 0.2 < f < 0.3 else f}, ValueError, "schedule=<", "but 0.21 gave 1.5"),
+    ({"schedule": lambda f, g: f}, ValueError, "schedule=<function", "calling it with 0.0 failed"),
     ({"start": 1.0}, ValueError, "start=1.0", "in [0, 1)"),
-    ({"start": -1}, ValueError, "start=-1", "an integer of at least 0"),
+    ({"start": -1}, ValueError, "start=-1", "in [0, 1), as a float", "of at least 0, as an integer"),
+    ({"start": 5.0}, ValueError, "start=5.0", "in [0, 1), as a float", "of at least 0, as an integer"),
     ({"start": NAN}, ValueError, "start=nan", "in [0, 1)"),
-    ({"start": "half"}, TypeError, "start='half'", "an integer of at least 0"),
+    ({"start": "half"}, TypeError, "start='half'", "in [0, 1), as a float", "as an integer"),
     ({"every_n_epochs": 2, "every_n_train_steps": 9}, ValueError, "every_n_epochs=2", "9", "not both"),
     ({"every_n_epochs": -1}, ValueError, "every_n_epochs=-1", "at least 0"),
     ({"every_n_train_steps": 1.5}, TypeError, "every_n_train_steps=1.5", "an integer of at least 0"),
@@ -67,7 +81,9 @@ ARGUMENTS = [
     ({"sketch_dim": 64.0}, TypeError, "sketch_dim=64.0", "an integer"),
     ({"sketch_momentum": 1.0}, ValueError, "sketch_momentum=1.0", "a number in [0, 1)"),
     ({"sketch_momentum": None}, TypeError, "sketch_momentum=None", "a number in [0, 1)"),
-    ({"clusterer": NoFit()}, TypeError, "clusterer=NoFit()", "must have a method fit"),
+    ({"clusterer": NoFit()}, TypeError, "clusterer=NoFit()", "must be an object with a method fit"),
+    ({"clusterer": FaissKMeans}, TypeError, "clusterer=<class", "must be an object with a method fit"),
+    ({"clusterer": KMeans()}, TypeError, "clusterer=KMeans()", "must be an object with a method fit"),
     ({"per_sample": 1}, TypeError, "per_sample=1", "True or False"),
     ({"paired": 1}, TypeError, "paired=1", "True or False"),
     (
@@ -81,10 +97,10 @@ ARGUMENTS = [
     ({"overlap_steps": -2}, ValueError, "overlap_steps=-2", "at least 0"),
     ({"seed": -1}, ValueError, "seed=-1", "in [0, 2147483647]"),
     ({"initial_labels": 7}, TypeError, "initial_labels=7", "a mapping of layer names to labels, or the path"),
-    ({"initial_labels": {"a": torch.full((2, 4), 0.5)}}, TypeError, "layer 'a'", "an integer tensor"),
+    ({"initial_labels": {"a": torch.full((2, 4), 0.5)}}, TypeError, "initial_labels: ", "'a'", "an integer"),
     ({"initial_labels": {"a": torch.full((2, 4), 4)}}, ValueError, "layer 'a'", "[4, 4]", "in [0, 4)"),
     ({"initial_labels": {"a": torch.full((2, 4), -1)}}, ValueError, "layer 'a'", "in [0, 4)"),
-    ({"initial_labels": "no/such.ckpt"}, FileNotFoundError, "no/such.ckpt", ""),
+    ({"initial_labels": "no/such.ckpt"}, FileNotFoundError, "initial_labels='no/such.ckpt'", ""),
 ]
 
 
@@ -138,7 +154,14 @@ FITS = [
         "nearest",
         "model.conv1",
     ),
-    ({"layers": "layer1"}, Classifier, ValueError, "layers='layer1' matches no conv layer", "'layer1.**'"),
+    (
+        {"layers": "layer1"},
+        Classifier,
+        ValueError,
+        "layers='layer1' matches no conv layer",
+        "'layer1.**'",
+        "for its own output give layer_types=torch.nn.Module",
+    ),
     ({"layers": "fc"}, Classifier, ValueError, "layers='fc' matches no conv layer, only model.fc (Linear)"),
     ({"layers": "conv1"}, TwoHeads, ValueError, "layers='conv1' is ambiguous", "'teacher.conv1'"),
     ({"layers": "pair"}, Tuples, TypeError, "'model.pair'", "a tuple", "one floating-point tensor"),
@@ -317,6 +340,27 @@ def test_a_checkpoint_without_labels_is_no_source_of_labels(tmp_path):
         (lambda: FaissKMeans(max_share=1.5), ValueError, "max_share=1.5: must be at least 2"),
         (lambda: FaissKMeans(max_share=NAN), ValueError, "max_share=nan: must be at least 2"),
         (lambda: plot_clusters(torch.rand(2, 3, 3)), TypeError, "labels: must be"),
+        (lambda: plot_clusters(LABELS - 1), ValueError, "labels: must be at least 0, but the smallest is -1"),
+        (
+            lambda: plot_clusters(LABELS, previous=LABELS[:1]),
+            ValueError,
+            r"previous of shape \(1, 4, 4\): must be \(2, 4, 4\)",
+        ),
+        (lambda: plot_history(LABELS), TypeError, "history: must be a sequence of labels"),
+        (lambda: ClusterDrop(64), TypeError, "labels: must be an integer tensor .*, not 64"),
+        (lambda: ClusterDrop(LABELS.float()), TypeError, "labels: must be an .*, not a torch.float32 tensor"),
+        (
+            lambda: AdvancedDropout(8)(torch.rand(2, 4, 3)),
+            ValueError,
+            r"x of shape \(2, 4, 3\): must have num_channels=8",
+        ),
+        (lambda: select_layers("resnet18", "conv1"), TypeError, "root='resnet18': must be a torch.nn.Module"),
+        (
+            lambda: preview(Classifier(), "conv1", 224),
+            ValueError,
+            "example_input=224: must be a batch, or",
+        ),
+        (lambda: preview(Classifier(), "conv1", (3, 2.5)), ValueError, r"example_input=\(3, 2.5\): must"),
     ],
 )
 def test_parts_for_themselves(call, error, match):

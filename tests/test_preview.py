@@ -149,7 +149,7 @@ def test_cells_say_one_number_where_there_is_one_problem():
         ({"sketch_dim": 0}, "sketch_dim=0: must be"),
         ({"num_samples": -1}, "num_samples=-1: must be"),
         ({"layers": "nothing"}, "layers='nothing' matches no layer"),
-        ({"example_input": (3, 0, 2)}, r"example_input=\(3, 0, 2\): sides must be at least 1"),
+        ({"example_input": (3, 0, 2)}, r"example_input=\(3, 0, 2\): must be a batch, or the shape"),
     ],
 )
 def test_bad_arguments(arguments, message):

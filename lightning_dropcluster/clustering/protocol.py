@@ -1,5 +1,7 @@
 """What a clusterer is, and what is made of its labels."""
 
+import inspect
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -33,6 +35,35 @@ class Clusterer(Protocol):
             may be empty: `settle` sees to both.
         """
         ...
+
+
+def check_clusterer(clusterer: object) -> None:
+    """Check that something can be called as a clusterer is.
+
+    Args:
+        clusterer: what should be a `Clusterer`.
+
+    Raises:
+        TypeError: where it is a class, or has no ``fit`` that takes these arguments.
+    """
+    fit = getattr(clusterer, "fit", None)
+    if isinstance(clusterer, type) or not callable(fit) or not _takes_problems(fit):
+        raise TypeError(
+            f"clusterer={clusterer!r}: must be an object with a method "
+            "fit(profiles, num_clusters, init_labels, grid)"
+        )
+
+
+def _takes_problems(fit: Callable[..., object]) -> bool:
+    try:
+        signature = inspect.signature(fit)
+    except ValueError:  # of what is written in C nobody knows
+        return True
+    try:
+        signature.bind(None, 1, init_labels=None, grid=None)
+    except TypeError:
+        return False
+    return True
 
 
 def settle(

@@ -62,6 +62,10 @@ class AdvancedDropout(Regularizer):
 
     def regularize(self, x: Tensor) -> Tensor:
         """Multiply the features of an activation (N, C, *spatial)."""
+        if x.shape[1] != self.num_channels:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)}: must have num_channels={self.num_channels} channels"
+            )
         mean, deviation = self.distribution(x)
         return advanced_dropout(x, mean, deviation, draw=self.draw)
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from lightning_dropcluster.clustering.protocol import INTEGERS
 from lightning_dropcluster.functional import cluster_drop, cluster_sizes, draw_keep_table
 
 RESCALES = ("batch", "expected")
@@ -32,6 +33,7 @@ class ClusterDrop(nn.Module):
         inplace: whether to overwrite the input; not under ``torch.compile``, which plans memory itself.
 
     Raises:
+        TypeError: where the labels are no integer tensor.
         ValueError: where an argument is out of its range.
 
     Example:
@@ -58,6 +60,9 @@ class ClusterDrop(nn.Module):
         inplace: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS or labels.ndim < 1:
+            kind = f"a {labels.dtype} tensor" if isinstance(labels, Tensor) else f"{labels!r}"[:80]
+            raise TypeError(f"labels: must be an integer tensor (C or 1, *spatial), not {kind}")
         if rescale not in RESCALES:
             raise ValueError(f"rescale={rescale!r}: must be one of {', '.join(RESCALES)}")
         if paired and not per_sample:
