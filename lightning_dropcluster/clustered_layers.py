@@ -2,20 +2,21 @@
 
 import time
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 
 from lightning_dropcluster import ranks
 from lightning_dropcluster.clustering import Clusterer, adjusted_rand_index
 from lightning_dropcluster.clustering.protocol import count_clusters, settle
 from lightning_dropcluster.clusters import Clusters, check_channels, smallest_table
 from lightning_dropcluster.functional import cluster_sizes
-from lightning_dropcluster.injection import Injection
+from lightning_dropcluster.injection import Injection, silence
 from lightning_dropcluster.layers import CONV_LAYERS, find_layers
 from lightning_dropcluster.memory import ProfileMemory
 from lightning_dropcluster.reclustering import Grouping, OnProgress, Reclustering, cluster_share
@@ -72,6 +73,7 @@ class ClusteredLayers:
         self._modules: dict[str, nn.Module] = {}
         self._gatherings: dict[str, Gathering] = {}
         self._injection: Injection | None = None
+        self._is_owed = False  # since a window was opened, until its labels are there
         self._device = torch.device("cpu")
         self._warned: set[str] = set()
 
@@ -95,9 +97,10 @@ class ClusteredLayers:
         self.clusters, self.seconds, self.windows_opened = dict(clusters), 0.0, 0
         self.memory.clear()
         self._warned.clear()
+        self._is_owed = False
 
     def attach(self, root: nn.Module, modules: Mapping[str, nn.Module], device: torch.device) -> None:
-        """Hook the layers.
+        """Hook the layers; a window that came to no labels before the last `detach` is opened again.
 
         Args:
             root: the model that holds them.
@@ -113,6 +116,8 @@ class ClusteredLayers:
         for name in self._gatherings.keys() & self.clusters.keys():
             self._bind(name)
         self._injection = Injection(self._modules, self._gatherings).attach(root)
+        if self._is_owed:
+            self.window = self._make_window()
 
     def detach(self) -> None:
         """Take every hook off and free what only training needs; nothing happens where that is done."""
@@ -122,22 +127,21 @@ class ClusteredLayers:
             self.reclustering.abandon()
         self._injection = self.window = self.reclustering = None
         self.waiting = nullcontext()
-        self._gatherings = {}
+        self._gatherings, self._modules = {}, {}
 
     def open_window(self) -> None:
         """Start to gather, unless a window is open already or its labels are still awaited.
 
-        A window whose layers have changed their size since it was opened, on any rank, starts again: every
-        rank must call this.
+        A window that has stalled, on any rank, starts again: every rank must call this.
         """
         if self.reclustering is not None:
             return
         if self.window is not None:
-            if not ranks.any_rank(self.window.has_changed_size, self._device):
+            if not ranks.any_rank(self.window.has_stalled(), self._device):
                 return
             self.window.close()
-        self.window = self._make_window(self.windows_opened)
         self.windows_opened += 1
+        self.window, self._is_owed = self._make_window(), True
 
     def begin_step(self, drop_prob: float) -> float:
         """Set what the hooks do in the coming step.
@@ -173,16 +177,16 @@ class ClusteredLayers:
         """
         for gathering in self._gatherings.values():
             gathering.active = False
-        started = time.perf_counter()
         if self.reclustering is not None:
             self.reclustering.wait_steps -= 1
-        elif self.window is None or not self.window.is_full():
+        elif self.window is not None and self.window.is_full():
+            # Only now does the clock run: to count the samples was to wait for device and ranks.
+            with self._clock():
+                self._recluster(self.window)
+        if not self._is_due():
             return {}
-        else:
-            self._recluster(self.window)
-        reports = self.finish() if self._is_due() else {}
-        self.seconds += time.perf_counter() - started
-        return reports
+        with self._clock():
+            return self.finish()
 
     def finish(self) -> dict[str, Report]:
         """Switch to the labels that are being made, if any; wait for them where they are not ready.
@@ -193,19 +197,19 @@ class ClusteredLayers:
         if self.reclustering is None:
             return {}
         labels = self.reclustering.result(self._device)
-        shapes, self.reclustering = self.reclustering.shapes, None
-        return {name: self._adopt(name, labels[name], shapes[name]) for name in labels}
+        shapes, self.reclustering, self._is_owed = self.reclustering.shapes, None, False
+        hooked = [name for name in labels if name in self._gatherings]
+        return {name: self._adopt(name, labels[name], shapes[name]) for name in hooked}
 
-    def raise_if_silent(self) -> None:
-        """Make sure that every layer has run in training; every rank must call this.
+    def silent(self) -> list[str]:
+        """Name the layers that have never run in a training step, but for those in eval mode.
 
-        Raises:
-            RuntimeError: where one has not on any rank, naming it there.
+        Returns:
+            Their names, in order.
         """
-        error = self._injection.silence() if self._injection is not None else None
-        ranks.raise_together(error, self._device)
+        return [n for n, g in self._gatherings.items() if g.shape is None and self._modules[n].training]
 
-    def check_clusterer(self) -> None:
+    def try_clusterer(self) -> None:
         """Let the clusterer solve a tiny problem, so that a faulty one fails now and not in mid-training.
 
         Raises:
@@ -246,11 +250,11 @@ class ClusteredLayers:
 
         Returns:
             The clusters and the layers' shapes, and for one process the open window, the labels still
-            awaited and the memory. With several ranks these start again on resume.
+            awaited and the memory. With several ranks, and after `detach`, a window starts again on resume.
         """
         alone = ranks.world_size() == 1
         awaited = self.reclustering.state_dict() if alone and self.reclustering is not None else None
-        gathers = self.window is not None or (self.reclustering is not None and not alone)
+        gathers = self._is_owed and awaited is None
         return {
             "clusters": {name: clusters.state_dict() for name, clusters in self.clusters.items()},
             "shapes": {name: list(g.shape) for name, g in self._gatherings.items() if g.shape is not None},
@@ -267,24 +271,30 @@ class ClusteredLayers:
             clusters: name to clusters.
             state: what `state_dict` returned.
         """
+        if self.window is not None:
+            self.window.close()
+        if self.reclustering is not None:
+            self.reclustering.abandon()
+        self.window = self.reclustering = None
         self.clusters = dict(clusters)
         self.windows_opened = state["windows_opened"]
+        self._is_owed = state["window"] is not None or state["reclustering"] is not None
         for name in self._gatherings.keys() & state["shapes"].keys():
             self._gatherings[name].shape = tuple(state["shapes"][name])
         for name in self._gatherings.keys() & self.clusters.keys():
             self._bind(name)
         if state["window"] is not None:
-            self.window = self._make_window(self.windows_opened - 1)
+            self.window = self._make_window()
             self.window.load_state_dict(state["window"])
         if state["reclustering"] is not None:
             self.reclustering = Reclustering.from_state(state["reclustering"], self._device)
         self.memory.load_state_dict(state["memory"])
 
-    def _make_window(self, number: int) -> GatheringWindow:
+    def _make_window(self) -> GatheringWindow:
         return GatheringWindow(
             self._gatherings,
             scope=self.scope,
-            number=number,
+            number=self.windows_opened - 1,
             num_samples=self.num_samples,
             sketch_dim=self.sketch_dim,
             seed=self.seed,
@@ -292,9 +302,11 @@ class ClusteredLayers:
         )
 
     def _recluster(self, window: GatheringWindow) -> None:
-        """Close a full window and have its sketches clustered."""
-        self.raise_if_silent()
+        """Close a full window and have its sketches clustered; where none can be, open another at first."""
+        ranks.raise_together(silence(self.silent()), self._device)
         sketches, self.window = window.merge(), None
+        if not sketches and not self.clusters:
+            return self.open_window()
         tables = {
             name: self.clusters[name].table
             for name in sketches.keys() & self.clusters.keys()
@@ -311,12 +323,19 @@ class ClusteredLayers:
                 in_background=in_background,
             )
 
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
+        """Add what is done inside to the seconds spent on reclustering."""
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started
+
     def _is_due(self) -> bool:
         return self.reclustering is not None and self.reclustering.wait_steps <= 0
 
     def _adopt(self, name: str, labels: Tensor, shape: Shape) -> Report:
         """Make labels (B, F) the layer's own."""
-        counts = count_clusters(labels)
+        counts = count_clusters(labels).cpu()
         self._warn_of_fewer(name, counts, shape)
         old = self.clusters.get(name)
         self.clusters[name] = Clusters(smallest_table(labels.reshape(self.scope.label_shape(shape))), shape)
@@ -374,4 +393,4 @@ class ClusteredLayers:
 
 def _may_overwrite_output(layer: nn.Module) -> bool:
     """A conv's backward pass does not need its output, nor does anybody else if no other hook saw it."""
-    return type(layer) in CONV_LAYERS and len(layer._forward_hooks) == 1
+    return type(layer) in CONV_LAYERS and len(layer._forward_hooks) == 1 and not _global_forward_hooks

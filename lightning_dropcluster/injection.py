@@ -79,28 +79,35 @@ class Injection:
             self._handles.pop().remove()
 
     def silent(self) -> list[str]:
-        """Name the layers that have not run in training mode since they were attached.
+        """Name the layers that have not run in training mode since they were attached, but are in it.
 
         Returns:
             Their names, in order.
         """
-        return [name for name, hook in self._hooks.items() if not hook.fired]
-
-    def silence(self) -> RuntimeError | None:
-        """Return what to raise where a layer has not run in training mode.
-
-        Returns:
-            An error that names the layers, ``None`` where all have run.
-        """
-        silent = ", ".join(map(repr, self.silent()))
-        text = f"layers: {silent} did not run in any training step so far; "
-        return RuntimeError(text + "choose layers whose forward the training step calls") if silent else None
+        return [n for n, hook in self._hooks.items() if not hook.fired and self.layers[n].training]
 
     def __enter__(self) -> "Injection":
         return self.attach()
 
     def __exit__(self, *exception: object) -> None:
         self.detach()
+
+
+def silence(silent: list[str]) -> RuntimeError | None:
+    """Return what to raise where layers have not run in training.
+
+    Args:
+        silent: their names.
+
+    Returns:
+        An error that names them, ``None`` where there are none.
+    """
+    if not silent:
+        return None
+    return RuntimeError(
+        f"layers: {', '.join(map(repr, silent))} did not run in any training step so far; "
+        "choose layers whose forward the training step calls"
+    )
 
 
 class _Hook:
@@ -120,7 +127,7 @@ class _Hook:
                 f"layers: the output of {self.name!r} ({type(module).__name__}) is {_describe(output)}; "
                 "it must be one floating-point tensor"
             )
-        if output.ndim != (self.num_dims or max(2, output.ndim)):
+        if output.ndim != self.num_dims if self.num_dims else output.ndim < 2:
             raise ValueError(
                 f"layers: the output of {self.name!r} has shape {tuple(output.shape)}; "
                 f"it must be a batch, of {self.num_dims or 'at least 2'} dimensions"

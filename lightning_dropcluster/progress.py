@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 from lightning_dropcluster.checks import check_number
@@ -69,16 +69,17 @@ class Progress:
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
     ) -> None:
-        is_fraction = isinstance(start, Real) and not isinstance(start, Integral)
-        self.start: int | float = (
-            check_number("start", start, 0, 1, high_open=True)
-            if is_fraction
-            else check_number("start", start, 0, integer=True)
-        )
+        self.start = _check_start(start)
         self.schedule = schedule
         self.counts_steps = every_n_train_steps is not None
         self.every = int(next(n for n in (every_n_train_steps, every_n_epochs, 5) if n is not None))
+        self.is_late = False
         self.reset()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the start has been reached."""
+        return self._origin is not None
 
     def reset(self, has_labels: bool = False) -> None:
         """Go back to before the start.
@@ -112,8 +113,10 @@ class Progress:
                 "schedule: a ramp to the end of training needs max_epochs or max_steps in the Trainer; "
                 "give schedule='constant', or set a limit"
             )
-        late = isinstance(self.start, int) and max_epochs is not None and 0 <= max_epochs <= self.start
-        if late and not is_trial:
+        self.is_late = (
+            isinstance(self.start, int) and max_epochs is not None and 0 <= max_epochs <= self.start
+        )
+        if self.is_late and not is_trial:
             warnings.warn(
                 f"start={self.start!r}: training ends after max_epochs={max_epochs}, so nothing will be "
                 "dropped",
@@ -169,3 +172,16 @@ class Progress:
         if isinstance(self.start, int):
             return now.epoch >= self.start
         return (now.fraction or 0.0) >= self.start
+
+
+def _check_start(start: Any) -> int | float:
+    is_epoch = isinstance(start, Integral)
+    try:
+        if is_epoch:
+            return check_number("start", start, 0, integer=True)
+        return check_number("start", start, 0, 1, high_open=True)
+    except (TypeError, ValueError) as error:
+        rule = (
+            "must be a fraction of training in [0, 1), as a float, or an epoch of at least 0, as an integer"
+        )
+        raise type(error)(f"start={start!r}: {rule}") from error

@@ -82,6 +82,9 @@ class RegularizedLayers:
                     "the layers in __init__, or call register(self) of this callback at the end of "
                     "configure_model"
                 )
+            for part in regularizer.modules():
+                if isinstance(part, ClusterDrop | Regularizer):
+                    part.shift = 0.618 * ranks.rank() % 1.0  # ranks that are seeded alike must not drop alike
             self._switches[name] = Switch(regularizer.to(device))
         self._injection = Injection(modules, self._switches).attach(root)
 
@@ -118,9 +121,18 @@ class RegularizedLayers:
                 switch.regularizer.set_drop_prob(used[-1])  # pyright: ignore[reportCallIssue]
         return max((p for p in used if not math.isnan(p)), default=math.nan) if share > 0.0 else 0.0
 
-    def silence(self) -> RuntimeError | None:
-        """Return what to raise where a layer has not run in training since it was hooked."""
-        return self._injection.silence() if self._injection is not None else None
+    def end_step(self) -> None:
+        """Let nothing happen outside training steps."""
+        for switch in self._switches.values():
+            switch.active = False
+
+    def silent(self) -> list[str]:
+        """Name the layers that have not run in training since they were hooked, but for those in eval mode.
+
+        Returns:
+            Their names, in order.
+        """
+        return self._injection.silent() if self._injection is not None else []
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of the regularisers that are not part of the model.
@@ -159,9 +171,6 @@ class RegularizedLayers:
     def _make(self, name: str, layer: nn.Module) -> nn.Module:
         """Make the regulariser of a layer, and note its full drop probability."""
         regularizer = make_regularizer(self.source, layer, name)
-        for part in regularizer.modules():
-            if isinstance(part, ClusterDrop | Regularizer):
-                part.shift = 0.618 * ranks.rank() % 1.0  # ranks that are seeded alike must not drop alike
         check_setting("drop_prob", self.drop_prob, regularizer)
         full = own_drop_prob(regularizer) if self.drop_prob is None else self.drop_prob
         if is_steered(regularizer) and math.isnan(full):

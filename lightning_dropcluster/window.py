@@ -39,11 +39,19 @@ class GatheringWindow:
         self.gatherings, self.scope, self.number = gatherings, scope, number
         self.num_samples, self.sketch_dim, self.seed, self.device = num_samples, sketch_dim, seed, device
         self._resized: set[str] = set()
+        self._counts: dict[str, int] = {}
 
-    @property
-    def has_changed_size(self) -> bool:
-        """Whether a layer's maps have another size now than its sketch."""
-        return any(_changed_size(gathering) for gathering in self.gatherings.values())
+    def has_stalled(self) -> bool:
+        """Whether maps have another size now than their sketch, which has grown no more since last asked.
+
+        Returns:
+            True where a layer is so; sizes that take turns fill a window in the end.
+        """
+        before = self._counts
+        sketches = {name: g.sketch for name, g in self.gatherings.items() if g.sketch is not None}
+        self._counts = {name: int(sketch.count) for name, sketch in sketches.items()}
+        idle = [name for name, count in self._counts.items() if count == before.get(name, 0)]
+        return any(_changed_size(self.gatherings[name]) for name in idle)
 
     def arm(self) -> None:
         """Prepare for a step: layers whose shape is known by now get a sketch."""
@@ -91,9 +99,9 @@ class GatheringWindow:
         for name in self._gathered_alike(sketches):
             merge_over_ranks(sketches[name])
             if not sketches[name].count:
-                _warn(f"layer {name!r} did not run while the window was open; its old labels stay")
+                _warn(f"layer {name!r} did not run while the window was open; it is not clustered")
             elif not sketches[name].is_finite():
-                _warn(f"activations of layer {name!r} were NaN, infinite or huge; its old labels stay")
+                _warn(f"activations of layer {name!r} were NaN, infinite or huge; it is not clustered")
             else:
                 merged[name] = sketches[name]
         return merged
@@ -128,6 +136,7 @@ class GatheringWindow:
             except RuntimeError:
                 _warn(f"the open sketch of layer {name!r} was made with other settings and starts again")
                 continue
+            sketch.num_samples = max(sketch.num_samples, int(sketch.count))  # asked for when it was saved
             self.gatherings[name].sketch = sketch
 
     def _make_sketch(self, shape: tuple[int, ...]) -> Sketch:
@@ -157,7 +166,7 @@ class GatheringWindow:
         table = ranks.sum_over_ranks(table).cpu()
         alike = (table == table[:1]).flatten(2).all(2).all(0) & (table[0, :, 0] > 0)
         for name in (name for name, same in zip(names, alike, strict=True) if not same):
-            _warn(f"layer {name!r} was not gathered, or not alike on all ranks; its old labels stay")
+            _warn(f"layer {name!r} was not gathered, or not alike on all ranks; it is not clustered")
         return [name for name, same in zip(names, alike, strict=True) if same]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import pytorch_lightning as pl
@@ -10,6 +11,7 @@ import torch
 from fits import At, Classifier, ResumableLoader, count_hooks, make_loader, make_trainer, tiny_resnet
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from lightning_dropcluster import DropCluster, TorchKMeans
 
@@ -344,7 +346,7 @@ def test_a_layer_that_never_runs_is_an_error_that_names_it(loader):
         module = Idle()
         before = count_hooks(module)
         with pytest.raises(RuntimeError, match=r"'model\.idle' did not run"):
-            make_trainer(make_callback(layers)).fit(module, loader)
+            make_trainer(make_callback(layers, start=0.0)).fit(module, loader)
         assert count_hooks(module) == before
 
 
@@ -490,7 +492,7 @@ def test_macos_gets_the_clusterer_without_a_second_openmp(monkeypatch):
     assert isinstance(DropCluster("conv1")._layers.clusterer, TorchKMeans)
 
 
-def test_layers_in_eval_mode_are_warned_of(loader):
+def test_layers_in_eval_mode_are_warned_of_and_left_alone(loader):
     class Frozen(Classifier):
         def on_train_batch_start(self, batch, batch_idx):
             self.model.conv1.eval()
@@ -499,11 +501,13 @@ def test_layers_in_eval_mode_are_warned_of(loader):
         def on_train_start(self, trainer, pl_module):
             pl_module.model.conv1.eval()
 
+    callback = make_callback(["conv1", "layer1.0.conv1"], start=0.0)
     with (
-        pytest.warns(UserWarning, match=r"model\.conv1 are in eval mode"),
-        pytest.raises(RuntimeError, match="did not run"),
+        pytest.warns(UserWarning, match=r"layers model\.conv1 are in eval mode"),
+        pytest.warns(UserWarning, match=r"layer 'model\.conv1' was not gathered"),
     ):
-        make_trainer(Before(), make_callback("conv1", start=0.0)).fit(Frozen(), loader)
+        make_trainer(Before(), callback).fit(Frozen(), loader)
+    assert list(callback.labels) == ["model.layer1.0.conv1"]
 
 
 @pytest.mark.parametrize("scope", ["map", "position", "layer", "channel"])
@@ -626,7 +630,7 @@ def test_training_goes_on_where_reclustering_runs_out_of_memory(loader, error, m
     assert seen[7]
 
 
-@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("watched", [None, "by a hook", "by a global hook"])
 def test_a_convs_own_output_is_overwritten_only_where_no_other_hook_sees_it(loader, watched):
     pointers, module, callback = set(), Classifier(), make_callback("conv1", start=0.0)
 
@@ -637,9 +641,13 @@ def test_a_convs_own_output_is_overwritten_only_where_no_other_hook_sees_it(load
             if drop is not None and callback.labels:
                 pointers.add(drop.inplace)
 
-    if watched:
-        module.model.conv1.register_forward_hook(lambda module, args, output: None)
-    make_trainer(callback, Watch()).fit(module, loader)
+    register = {
+        "by a hook": module.model.conv1.register_forward_hook,
+        "by a global hook": register_module_forward_hook,
+    }
+    handle = register[watched](lambda module, args, output: None) if watched else nullcontext()
+    with handle:
+        make_trainer(callback, Watch()).fit(module, loader)
     assert pointers == {not watched}
 
 

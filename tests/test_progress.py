@@ -229,7 +229,7 @@ def test_a_start_out_of_its_range_is_refused(start):
 
 @pytest.mark.parametrize("start", ["0.5", None, True])
 def test_a_start_that_is_no_number_is_a_type_error(start):
-    with pytest.raises(TypeError, match=f"start={start!r}: must be an integer"):
+    with pytest.raises(TypeError, match=f"start={start!r}: must be a fraction of training"):
         Progress(start, linear())
 
 

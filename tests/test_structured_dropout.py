@@ -13,7 +13,14 @@ from pytorch_lightning.callbacks import LearningRateFinder, WeightAveraging
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 
-from lightning_dropcluster import REGULARIZERS, DropBlock, DropCluster, SpatialDropout, StructuredDropout
+from lightning_dropcluster import (
+    REGULARIZERS,
+    DropBlock,
+    DropCluster,
+    SpatialDropout,
+    StructuredDropout,
+    ranks,
+)
 
 LAYERS = "layer[12].*.conv2"
 NAMES = ["model.layer1.0.conv2", "model.layer2.0.conv2"]
@@ -318,6 +325,15 @@ def test_a_layer_belongs_to_one_callback(loader, make):
     assert count_hooks(module) == 0
 
 
+def test_a_layer_with_two_names_belongs_to_one_callback(loader):
+    module = Classifier()
+    module.alias = module.model.conv1
+    with pytest.raises(
+        ValueError, match=r"layers='alias': alias belong to another .* \(layers='model.conv1'\)"
+    ):
+        make_trainer(make_callback("model.conv1"), make_callback("alias")).fit(module, loader)
+
+
 # Learned regularisers
 
 
@@ -397,6 +413,14 @@ def test_a_model_made_in_configure_model_has_to_register_them(loader):
     make_trainer(make_callback("conv1"), max_epochs=1).fit(Late(), loader)  # nothing to learn, nothing to do
 
 
+def test_a_regulariser_registered_before_the_ranks_exist_draws_unlike_on_each(loader, monkeypatch):
+    callback, module = StructuredDropout("conv1", "advanced_dropout"), Classifier()
+    callback.register(module)
+    monkeypatch.setattr(ranks, "rank", lambda: 1)  # as in a spawned process
+    callback._layers.attach(module, {"model.conv1": module.model.conv1}, torch.device("cpu"))
+    assert callback.regularizers["model.conv1"].shift == 0.618
+
+
 @pytest.mark.parametrize("is_first", [False, True])
 def test_averaged_models_have_them_too(loader, is_first):
     callback, average, module = StructuredDropout("conv1", Gate), WeightAveraging(), Classifier()
@@ -456,6 +480,7 @@ def test_ranks(regularizer, tmp_path):
 ARGUMENTS = [
     (3, {}, TypeError, r"regularizer=3: must be a torch.nn.Module, .* not int"),
     ("drop_blok", {}, ValueError, "regularizer='drop_blok': must be one of .*drop_block"),
+    ("cluster_drop", {}, ValueError, "regularizer='cluster_drop': must be one of advanced_dropout"),
     ("drop_block", {"drop_prob": 1.0}, ValueError, r"drop_prob=1.0: must be a number in \[0, 1\)"),
     ("drop_block", {"schedule": "steep"}, ValueError, "schedule='steep'"),
     ("drop_block", {"start": -1}, ValueError, "start=-1"),
@@ -496,7 +521,6 @@ FITS = [
         ValueError,
         "schedule='linear': Dropout2d has no method",
     ),
-    ("cluster_drop", {}, ValueError, r"calling it with \(64\) failed"),
     (Steered, {}, ValueError, "drop_prob=None: must be given, since Steered has no such attribute"),
     (lambda: nn.LazyConv2d(3, 1), {}, ValueError, "makes lazy parameters, which no optimiser takes"),
     (

@@ -92,7 +92,6 @@ def test_a_batch_of_another_size_is_left_out():
     window = make_window()
     for samples, width in ((1, 4), (8, 4), (8, 6), (8, 4)):
         step(window, {"stem": make_x(samples, (2, 3, width))})
-        assert window.has_changed_size == (width == 6)
     assert window.merge()["stem"].count == 16
 
 
@@ -154,6 +153,27 @@ def test_a_window_goes_on_from_its_state_to_the_last_bit():
     one, other = whole.merge()["stem"], resumed.merge()["stem"]
     assert torch.equal(one.profiles(), other.profiles())
     assert one.count == other.count == 20
+
+
+def test_samples_that_a_state_holds_beyond_those_asked_for_now_stay_in():
+    saved, resumed = make_window(), make_window(num_samples=10)
+    for seed in range(4):
+        step(saved, {"stem": make_x(seed=seed)})
+    resumed.load_state_dict(saved.state_dict())
+    step(resumed, {"stem": make_x(seed=9)})
+    assert resumed.is_full()
+    assert torch.equal(resumed.merge()["stem"].profiles(), saved.merge()["stem"].profiles())
+
+
+def test_a_window_stalls_where_the_size_has_changed_for_good():
+    window = make_window()
+    step(window, {"stem": make_x()})
+    for _ in range(3):
+        step(window, {"stem": make_x(2)})
+        step(window, {"stem": make_x(2, shape=(2, 5, 6))})
+        assert not window.has_stalled()
+    step(window, {"stem": make_x(2, shape=(2, 5, 6))})
+    assert window.has_stalled()
 
 
 def test_its_state_is_tensors_and_plain_scalars(tmp_path):

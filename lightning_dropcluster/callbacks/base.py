@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from lightning_dropcluster import ranks
+from lightning_dropcluster.injection import silence
 from lightning_dropcluster.layers import check_layer_types, check_patterns, select_layers
 from lightning_dropcluster.progress import Progress, TrainingPosition
 
@@ -37,8 +38,8 @@ Layers = str | list[str] | Callable[[str, nn.Module], bool] | list[Callable[[str
 class LayerCallback(_Base):
     """A callback that drops in chosen layers, to the measure of a schedule, and leaves nothing attached.
 
-    Subclasses say what happens in `_attach`, `_begin_step`, `_state`, `_read_state` and `_load`, and extend
-    `_reset` and `detach`; this class says when.
+    Subclasses say what happens in `_attach`, `_begin_step`, `_silent`, `_state`, `_read_state` and `_load`,
+    and extend `_reset` and `detach`; this class says when.
 
     Args:
         layers: which layers, see `select_layers`.
@@ -67,6 +68,7 @@ class LayerCallback(_Base):
         self._drop_prob_now = 0.0
         self._loaded: dict[str, Any] | None = None
         self._was_loaded = False
+        self._saw_whole_epoch = False
         self._log_prefix = self.log_name
 
     @property
@@ -80,7 +82,7 @@ class LayerCallback(_Base):
     # When things happen
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Forget an earlier training; not only later, since tuners save and restore the state before."""
+        """Forget an earlier training: tuners save the state right after this, and restore it in the end."""
         if stage == "fit" and self._loaded is None and trainer.global_step == 0:
             self._reset()
 
@@ -91,9 +93,7 @@ class LayerCallback(_Base):
         self._meet_others(trainer, modules)
         self._hooked = modules
         self._attach(trainer, pl_module)
-        self._progress.check(
-            trainer.max_epochs, trainer.max_steps, is_trial=bool(getattr(trainer, "fast_dev_run", False))
-        )
+        self._progress.check(trainer.max_epochs, trainer.max_steps, is_trial=_is_trial(trainer))
         self._apply_loaded()
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -110,6 +110,7 @@ class LayerCallback(_Base):
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Set the drop probability of the step."""
+        self._saw_whole_epoch |= batch_idx == 0
         share, is_due = self._progress.advance(_position(trainer, batch_idx))
         if _only_updates_statistics(trainer):
             share, is_due = 0.0, False
@@ -119,11 +120,30 @@ class LayerCallback(_Base):
         if not (trainer.barebones or math.isnan(self._drop_prob_now)):
             pl_module.log(f"{self._log_prefix}/drop_prob", self._drop_prob_now, batch_size=1)
 
+    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Fail where a layer has not run in a whole epoch; before the start, warn."""
+        error = silence(self._silent()) if self._saw_whole_epoch else None
+        if self._progress.has_begun:
+            ranks.raise_together(error, pl_module.device)
+        elif error is not None and ranks.rank() == 0:
+            warnings.warn(f"{type(self).__name__}: {error}", stacklevel=2)
+
+    def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Say so where the start was never reached."""
+        progress = self._progress
+        if not (progress.has_begun or progress.is_late or _is_trial(trainer)) and ranks.rank() == 0:
+            warnings.warn(
+                f"{type(self).__name__}: start={progress.start!r} was not reached before training ended, so "
+                "nothing was dropped",
+                stacklevel=2,
+            )
+
     def on_exception(
         self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
     ) -> None:
         """Leave nothing attached: Lightning calls no teardown after an error."""
         self.detach()
+        self._loaded = None
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Leave nothing attached."""
@@ -134,6 +154,7 @@ class LayerCallback(_Base):
         """Take all hooks off. Nothing happens where no hook is on."""
         self._hooked = {}
         self._drop_prob_now = 0.0
+        self._saw_whole_epoch = False
 
     # Checkpoints
 
@@ -198,6 +219,10 @@ class LayerCallback(_Base):
         """
         raise NotImplementedError
 
+    def _silent(self) -> list[str]:
+        """Name the hooked layers that have not run in training, but for those in eval mode."""
+        raise NotImplementedError
+
     def _state(self) -> dict[str, Any]:
         """Return what is to be in the state besides ``"progress"``."""
         raise NotImplementedError
@@ -217,10 +242,11 @@ class LayerCallback(_Base):
         every: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
         earlier = [other for other in every[: every.index(self)] if isinstance(other, LayerCallback)]
         for other in earlier:
-            shared = modules.keys() & other._hooked.keys()
+            taken = {id(module) for module in other._hooked.values()}  # a module may have two names
+            shared = [name for name, module in modules.items() if id(module) in taken]
             if shared:
                 raise ValueError(
-                    f"layers={self.layers!r}: {', '.join(sorted(shared))} belong to another "
+                    f"layers={self.layers!r}: {', '.join(shared)} belong to another "
                     f"{type(other).__name__} of this Trainer (layers={other.layers!r})"
                 )
         position = sum(other.log_name == self.log_name for other in earlier)
@@ -234,6 +260,11 @@ class LayerCallback(_Base):
                 "nothing is dropped or gathered there; call .train() on them",
                 stacklevel=2,
             )
+
+
+def _is_trial(trainer: "Trainer") -> bool:
+    """Whether training is too short on purpose."""
+    return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def _only_updates_statistics(trainer: "Trainer") -> bool:

@@ -14,6 +14,7 @@ from lightning_dropcluster.callbacks.base import LayerCallback, Layers
 from lightning_dropcluster.checks import check_bool, check_choice, check_not_both, check_number
 from lightning_dropcluster.clustered_layers import ClusteredLayers, Report
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, TorchKMeans
+from lightning_dropcluster.clustering.protocol import check_clusterer
 from lightning_dropcluster.clusters import Clusters, read_initial_labels
 from lightning_dropcluster.logged_pictures import PictureLog
 from lightning_dropcluster.progress import Progress
@@ -137,10 +138,8 @@ class DropCluster(LayerCallback):
         num_samples = check_number("num_samples", num_samples, 1, _MAX_INT, integer=True)
         sketch_dim = check_number("sketch_dim", sketch_dim, 1, _MAX_INT, integer=True)
         sketch_momentum = check_number("sketch_momentum", sketch_momentum, 0, 1, high_open=True)
-        if clusterer is not None and not callable(getattr(clusterer, "fit", None)):
-            raise TypeError(
-                f"clusterer={clusterer!r}: must have a method fit(profiles, num_clusters, init_labels, grid)"
-            )
+        if clusterer is not None:
+            check_clusterer(clusterer)
         check_bool("per_sample", per_sample)
         check_bool("paired", paired)
         if paired and not per_sample:
@@ -206,13 +205,9 @@ class DropCluster(LayerCallback):
                 trainer, {name: self._layers.clusters[name] for name in reports}, self._log_prefix
             )
 
-    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Fail where a layer has not run in the epoch of the first window: the window would stay open."""
-        if self._layers.window is not None:
-            self._layers.raise_if_silent()
-
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Wait for labels that are still being made; say so where there never were any."""
+        super().on_train_end(trainer, pl_module)
         self._layers.finish()
         if not trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             self._warn_of_no_clusters()
@@ -227,7 +222,7 @@ class DropCluster(LayerCallback):
         self._layers.reset({})
 
     def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        self._layers.check_clusterer()
+        self._layers.try_clusterer()
         self._check_initial_labels()
         if trainer.global_step == 0 and _is_untouched(self._loaded):
             self._loaded = None
@@ -242,6 +237,9 @@ class DropCluster(LayerCallback):
         if is_due:
             self._layers.open_window()
         return self._layers.begin_step(self.drop_prob * share)
+
+    def _silent(self) -> list[str]:
+        return self._layers.silent()
 
     # Uncertainty
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_dropcluster import ranks
 from lightning_dropcluster.callbacks.base import LayerCallback, Layers
 from lightning_dropcluster.checks import check_choice, check_number
 from lightning_dropcluster.layers import select_layers
@@ -35,7 +34,8 @@ class StructuredDropout(LayerCallback):
 
     Args:
         layers: which layers, as in `DropCluster`.
-        regularizer: a module, copied for each layer; a name in `REGULARIZERS`; or a class or function that
+        regularizer: a module, copied for each layer; a name in `REGULARIZERS` but ``"cluster_drop"``, which
+            needs labels; or a class or function that
             makes a module, of nothing or of one argument, the layer's number of channels.
         drop_prob: drop probability in [0, 1) at the end of the schedule; where it is ``None``, the module's
             own. Only for modules with ``set_drop_prob``.
@@ -68,7 +68,9 @@ class StructuredDropout(LayerCallback):
         layer_types: type[nn.Module] | list[type[nn.Module]] | None = None,
     ) -> None:
         if isinstance(regularizer, str):
-            check_choice("regularizer", regularizer, REGULARIZERS)
+            check_choice(
+                "regularizer", regularizer, [name for name in REGULARIZERS if name != "cluster_drop"]
+            )
         elif not callable(regularizer):
             raise TypeError(
                 f"regularizer={regularizer!r}: must be a torch.nn.Module, the name of one, or a callable "
@@ -83,7 +85,6 @@ class StructuredDropout(LayerCallback):
         if isinstance(source, nn.Module | type):
             self._check_settings(source)
         self._layers = RegularizedLayers(source, drop_prob)
-        self._has_trained = False
 
     @property
     def regularizers(self) -> dict[str, nn.Module]:
@@ -109,19 +110,13 @@ class StructuredDropout(LayerCallback):
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note that there was a batch."""
-        self._has_trained = True
-
-    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Fail where a layer has not run in the first epoch."""
-        if self._has_trained:
-            ranks.raise_together(self._layers.silence(), pl_module.device)
+        """Drop nothing outside training steps."""
+        self._layers.end_step()
 
     def detach(self) -> None:
         """Take all hooks off; learned regularisers stay in the model. Nothing happens where no hook is on."""
         super().detach()
         self._layers.detach()
-        self._has_trained = False
 
     def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if trainer.global_step == 0 and self._loaded is None:
@@ -135,6 +130,9 @@ class StructuredDropout(LayerCallback):
 
     def _begin_step(self, share: float, is_due: bool) -> float:
         return self._layers.begin_step(share)
+
+    def _silent(self) -> list[str]:
+        return self._layers.silent()
 
     # Learned regularisers
 
