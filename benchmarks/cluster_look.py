@@ -143,7 +143,7 @@ def look(kind: str, profiles: Tensor, labels: Tensor, grid: tuple[int, ...], las
         kind,
         float(1 - inertia(profiles, labels).sum() / profiles.square().sum()),
         float((inertia(positions, labels).sum() / labels.numel()).sqrt()),
-        float(np.mean([_share_connected(row.reshape(grid).numpy()) for row in labels])),
+        float(np.mean([_share_connected(row.reshape(grid).cpu().numpy()) for row in labels])),
         None if last is None else adjusted_rand_index(labels, last),
     )
 

@@ -92,7 +92,7 @@ def line(settings: Settings, points: int) -> dict[str, Any]:
     first = _train(settings, batches, classes, order=settings.seed)
     second = _train(settings, batches, classes, order=settings.seed + 1_000_000)
     pl.seed_everything(settings.seed, verbose=False)
-    middle, trainer = build_classifier(settings, classes), build_trainer(settings, None)
+    middle, trainer = build_classifier(settings, classes), build_trainer(settings)
     scores = []
     for share in torch.linspace(0, 1, points).tolist():
         middle.load_state_dict(mix(first, second, share))

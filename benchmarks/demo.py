@@ -15,7 +15,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
 from record import parse
 from rich.console import Console
 from rich.table import Table
-from train import Settings, run
+from settings import Settings
+from train import run
 
 NUM_TEST = 500
 BASE = Settings(
@@ -89,7 +90,7 @@ def score_table(records: dict[str, dict[str, Any]]) -> Table:
     for heading in ("accuracy", "NLL", "ECE", "seconds", "of these clustering"):
         table.add_column(heading, justify="right")
     for name, record in records.items():
-        scores = [f"{record[key]:.3f}" for key in ("nll", "ece")]
+        scores = ["not finite" if record[key] is None else f"{record[key]:.3f}" for key in ("nll", "ece")]
         seconds = [f"{record[key]:.1f}" for key in ("seconds", "recluster_seconds")]
         table.add_row(name, f"{record['accuracy']:.1%}", *scores, *seconds)
     return table

@@ -6,8 +6,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else idle threads spin, very slow on busy cores
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any
 import timm
 import torch
 from record import parse, provenance, write_line
+from timing import clock, usual_device
 from timm.layers.drop import DropBlock2d
 from torch import Tensor, nn
 from torch.profiler import profile
@@ -25,6 +25,7 @@ from lightning_dropcluster import ClusterDrop, FaissKMeans, select_layers
 from lightning_dropcluster.clustered_layers import ClusteredLayers
 from lightning_dropcluster.injection import Injection
 from lightning_dropcluster.reclustering import Grouping
+from lightning_dropcluster.sketch import Sketch
 
 MODELS = (
     ("resnet50", "layer*.*.conv2"),
@@ -98,16 +99,15 @@ def time_alternating(cases: dict[str, Step], repeats: int, device: torch.device)
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for run in range(repeats + 2):
         for name, step in cases.items():
-            started = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            _, took = clock(step, device)
             if run >= 2:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(took.seconds)
     return seconds
 
 
-def report(kind: str, seconds: dict[str, list[float]], base: str, **what: Any) -> Iterator[dict[str, Any]]:
+def report(
+    kind: str, seconds: dict[str, list[float]], base: str, device: torch.device, **what: Any
+) -> Iterator[dict[str, Any]]:
     """Make a record of each case: median, quartiles, and the ratio of medians to the base case."""
     for name, runs in seconds.items():
         low, _, high = quantiles(runs, n=4)
@@ -120,7 +120,7 @@ def report(kind: str, seconds: dict[str, list[float]], base: str, **what: Any) -
             "ratio": round(median(runs) / median(seconds[base]), 4),
             "base": base,
             "repeats": len(runs),
-            **provenance(),
+            **provenance(device),
         }
 
 
@@ -149,22 +149,39 @@ def clustered(
     return layers
 
 
+def open_sketches(layers: ClusteredLayers) -> dict[str, Sketch]:
+    """Make the sketches of a window so large that no step fills it."""
+    layers.num_samples = 2**30
+    layers.open_window()
+    assert layers.window is not None
+    layers.window.arm()
+    sketches, layers.window = layers.window.close(), None
+    return sketches
+
+
 @contextmanager
-def dropping(layers: ClusteredLayers, *, gathering: bool) -> Iterator[None]:
-    """A step in which the clusters of attached layers are dropped, and perhaps gathered."""
-    if gathering:
-        layers.num_samples = 2**30
-        layers.open_window()
+def dropping(layers: ClusteredLayers, sketches: Mapping[str, Sketch] | None = None) -> Iterator[None]:
+    """A step in which the clusters of attached layers are dropped.
+
+    Args:
+        layers: with clusters.
+        sketches: those of an open window, which go on from step to step as in training; none where it is
+            ``None``.
+    """
+    for name, sketch in (sketches or {}).items():
+        layers._gatherings[name].sketch = sketch
     layers.begin_step(DROP_PROB)
     yield
-    if layers.window is not None:
-        layers.window.close()
-        layers.window = None
+    for gathering in layers._gatherings.values():
+        gathering.sketch = None
     layers.begin_step(0.0)
 
 
 def step_cases(name: str, pattern: str, settings: Settings, device: torch.device) -> dict[str, Step]:
-    """Training steps (forward and backward) of a model under every regulariser."""
+    """Training steps (forward and backward) of a model under every regulariser.
+
+    In all but those of DropCluster its hooks are on and idle.
+    """
     torch.manual_seed(0)
     model = timm.create_model(name).to(device)
     size = settings.size or (224 if device.type == "cuda" else 96)
@@ -177,8 +194,8 @@ def step_cases(name: str, pattern: str, settings: Settings, device: torch.device
 
     layers = clustered(model, modules, plain, device)
 
-    def with_clusters(gathering: bool) -> None:
-        with dropping(layers, gathering=gathering):
+    def with_clusters(sketches: Mapping[str, Sketch] | None) -> None:
+        with dropping(layers, sketches):
             plain()
 
     def with_others(make: Callable[[str], nn.Module]) -> None:
@@ -190,8 +207,8 @@ def step_cases(name: str, pattern: str, settings: Settings, device: torch.device
     made |= {case: {layer: make() for layer in modules} for case, make in peers().items()}
     return {
         "no callback": plain,
-        "DropCluster": partial(with_clusters, False),
-        "DropCluster, gathering": partial(with_clusters, True),
+        "DropCluster": partial(with_clusters, None),
+        "DropCluster, gathering": partial(with_clusters, open_sketches(layers)),
         **{case: partial(with_others, ready.__getitem__) for case, ready in made.items()},
     }
 
@@ -234,20 +251,20 @@ def show_profile(cases: dict[str, Step], repeats: int) -> None:
 
 def main(settings: Settings) -> None:
     """Time the models' steps and the operations, and write a line for each case."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = usual_device()
     if settings.profile:
         show_profile(step_cases(*MODELS[0], settings, device), settings.repeats)
         return
     repeats = min(settings.repeats, 3) if settings.quick else settings.repeats
     for name, pattern in MODELS[:1] if settings.quick else MODELS:
         seconds = time_alternating(step_cases(name, pattern, settings, device), repeats, device)
-        for record in report("step", seconds, "no callback", model=name, layers=pattern):
+        for record in report("step", seconds, "no callback", device, model=name, layers=pattern):
             write_line(record, settings.out)
     for shape in SHAPES[-1:] if settings.quick else SHAPES:
         for memory_format in (torch.contiguous_format, torch.channels_last):
             seconds = time_alternating(op_cases(shape, memory_format, device), repeats, device)
             what = {"shape": list(shape), "memory_format": str(memory_format).removeprefix("torch.")}
-            for record in report("op", seconds, "x * 2.0", **what):
+            for record in report("op", seconds, "x * 2.0", device, **what):
                 write_line(record, settings.out)
 
 

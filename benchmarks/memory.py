@@ -13,9 +13,10 @@ from typing import Any
 
 import timm
 import torch
-from latency import DROP_PROB, clustered, dropping
+from latency import clustered, dropping
 from peak import added_gpu_memory
 from record import parse, provenance, write_line
+from timing import usual_device
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
@@ -80,16 +81,14 @@ def step_records(settings: Settings, device: torch.device) -> list[dict[str, Any
     modules = select_layers(model, settings.layers)
 
     def step() -> None:
-        model.zero_grad()
         model(images).mean().backward()
+        model.zero_grad()  # here, as a step that frees what was there before it would look smaller
 
     layers = clustered(model, modules, step, device)
-    peak_bytes(step, device)  # the first profiled step counts differently
     features = sum(clusters.labels.numel() for clusters in layers.clusters.values())
     activations = 4 * settings.batch_size * features
     plain = {"saved for backward": saved_bytes(step), "peak": peak_bytes(step, device)}
-    with dropping(layers, gathering=False):
-        assert DROP_PROB > 0
+    with dropping(layers):
         with_clusters = {"saved for backward": saved_bytes(step), "peak": peak_bytes(step, device)}
     tables = sum(buffer_bytes(drop) for drop in layers.regularizers.values())
     records = [{"case": "labels and sizes", "bytes": tables, "ratio": tables / activations}]
@@ -132,11 +131,11 @@ def buffer_bytes(module: nn.Module) -> int:
 
 def main(settings: Settings) -> None:
     """Measure, and write a line for each case."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = usual_device()
     if settings.quick:
         settings = Settings(model="resnet10t", batch_size=8, size=64, out=settings.out)
     for record in (*step_records(settings, device), *sketch_records()):
-        write_line({"benchmark": "memory", **record, **provenance()}, settings.out)
+        write_line({"benchmark": "memory", **record, **provenance(device)}, settings.out)
 
 
 if __name__ == "__main__":

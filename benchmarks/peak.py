@@ -16,7 +16,8 @@ def added_memory(work: Callable[[], Any], device: torch.device) -> int | None:
     """Run something and return the bytes by which memory in use grew at the peak.
 
     On a GPU torch's allocator is asked, on Linux the kernel. Freed memory that the process still holds hides
-    allocations, so the number is a lower bound there.
+    allocations, so the number is a lower bound there. On a GPU nothing is seen of the host's memory, nor of
+    what FAISS takes for itself (128 MiB for `FaissKMeans`).
 
     Args:
         work: what to run.

@@ -6,7 +6,6 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else idle threads spin, very slow on busy cores
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,6 +20,7 @@ from inertia import inertia
 from peak import added_memory
 from record import parse, provenance, write_line
 from stall import stall_records
+from timing import Took, clock, usual_device
 
 from lightning_dropcluster.clustering import FaissKMeans, adjusted_rand_index
 from lightning_dropcluster.sketch import Sketch
@@ -67,15 +67,19 @@ class Settings:
 
 @dataclass
 class Runs:
-    """What one case did: bytes added at the peak of its warm-up, then seconds and labels of every run.
-
-    Processor seconds are those of all threads together; other work on the machine does not stretch them.
-    """
+    """What one case did: bytes added at the peak of its warm-up, then the time and labels of every run."""
 
     added_bytes: int | None
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
+    took: list[Took] = field(default_factory=list)
     labels: list[Any] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> list[float]:
+        return [took.seconds for took in self.took]
+
+    @property
+    def cpu_seconds(self) -> list[float]:
+        return [took.cpu_seconds for took in self.took]
 
 
 def run_alternating(
@@ -94,12 +98,8 @@ def run_alternating(
     runs = {name: Runs(added_memory(partial(fit, 0), device)) for name, fit in cases.items()}
     for seed in range(1, repeats + 1):
         for name, fit in cases.items():
-            started, processor = time.perf_counter(), time.process_time()
-            labels = fit(seed)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            runs[name].seconds.append(time.perf_counter() - started)
-            runs[name].cpu_seconds.append(time.process_time() - processor)
+            labels, took = clock(partial(fit, seed), device)
+            runs[name].took.append(took)
             runs[name].labels.append(labels)
     return runs
 
@@ -157,12 +157,12 @@ def sketch_records(acts: Activations, settings: Settings) -> Iterator[dict[str, 
         }
 
 
-def model_records(settings: Settings) -> Iterator[dict[str, Any]]:
+def model_records(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
     """Recluster all conv2 layers of a ResNet-50 at 224 px together; layers of one size share a sketch."""
     windows: tuple[dict[str, Sketch], dict[str, Sketch]] = ({}, {})
     for channels, side, layers in RESNET50[-1:] if settings.quick else RESNET50:
         maps = settings.maps if settings.quick else channels
-        acts = random_fields(channels, side, maps=maps, samples=settings.samples)
+        acts = random_fields(channels, side, maps=maps, samples=settings.samples).to(device)
         for window, outputs in zip(windows, (acts.before, acts.now), strict=True):
             sketch = sketch_of(outputs, settings.sketch_dim, window=len(window))
             window |= {f"{side}.{layer}": sketch for layer in range(layers)}
@@ -172,7 +172,7 @@ def model_records(settings: Settings) -> Iterator[dict[str, Any]]:
         "cold": lambda seed: recluster(now, {}, FaissKMeans(seed=seed)),
         "warm": lambda seed: recluster(now, old, FaissKMeans(seed=seed)),
     }
-    for name, run in run_alternating(cases, settings.repeats, torch.device("cpu")).items():
+    for name, run in run_alternating(cases, settings.repeats, device).items():
         yield {
             "benchmark": "whole model",
             "data": RANDOM,
@@ -241,21 +241,20 @@ def fitting(channels: int, side: int, settings: Settings) -> int:
 
 def main(settings: Settings) -> None:
     """Compare, and write a line for each case."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = usual_device()
     if settings.quick:
         samples, images = min(settings.samples, 128), min(settings.train_samples or 256, 256)
         settings = replace(settings, data="digits", train_samples=images, epochs=2, samples=samples)
         settings = replace(settings, maps=min(settings.maps, 32), repeats=2)
-    images = settings.train_samples or 1024
     parts = {
         "trained": partial(trained_records, settings, device),
         "random": partial(random_records, settings, device),
-        "model": partial(model_records, settings),
+        "model": partial(model_records, settings, device),
         "stall": partial(
             stall_records, settings.model, settings.train_samples or 1024, epochs=settings.epochs
         ),
     }
-    origin = provenance()
+    origin = provenance(device)
     for name, measure in parts.items():
         for record in measure() if settings.part in ("all", name) else ():
             write_line({**record, **origin}, settings.out)

@@ -67,9 +67,16 @@ def quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def provenance() -> dict[str, Any]:
-    """Say what produced a number: versions, commit and device, and nothing that names the machine."""
-    return {"versions": versions(), "commit": commit(), "device": device_name()}
+def provenance(device: torch.device | None = None) -> dict[str, Any]:
+    """Say what produced a number: versions, commit and device, and nothing that names the machine.
+
+    Args:
+        device: that did the work; the one that a Lightning trainer takes where it is ``None``.
+
+    Returns:
+        Entries of a record.
+    """
+    return {"versions": versions(), "commit": commit(), "device": device_name(device)}
 
 
 def versions() -> dict[str, str | None]:
@@ -87,11 +94,18 @@ def commit(root: Path = ROOT) -> str | None:
     return head + ("-dirty" if _git(root, "status", "--porcelain", "--", *CODE) else "")
 
 
-def device_name() -> str:
-    """Name the kind of GPU, or of processor with its threads in use, but no single machine."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is not None:
-        return torch.cuda.get_device_name() if accelerator.type == "cuda" else accelerator.type
+def device_name(device: torch.device | None = None) -> str:
+    """Name the kind of GPU, or of processor with its threads in use, but no single machine.
+
+    Args:
+        device: that is meant; the accelerator where it is ``None`` and there is one.
+
+    Returns:
+        The name.
+    """
+    device = device or torch.accelerator.current_accelerator(check_available=True)
+    if device is not None and device.type != "cpu":
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"cpu, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
 
 

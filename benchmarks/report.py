@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import isnan, nan
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -34,13 +35,18 @@ class Metric:
 
 def corrupted(record: Record, score: str) -> float:
     """Average a score over corruptions and severities: the plain mean, without a reference network."""
-    return fmean(value for scores in record["corrupted"].values() for value in scores[score])
+    return fmean(number(value) for scores in record["corrupted"].values() for value in scores[score])
+
+
+def number(score: float | None) -> float:
+    """Read a score of a record: NaN where it was not finite."""
+    return nan if score is None else score
 
 
 METRICS = (
-    Metric("accuracy %", lambda r: r["accuracy"], 100, 2),
-    Metric("NLL", lambda r: r["nll"], 1, 3),
-    Metric("ECE %", lambda r: r["ece"], 100, 2),
+    Metric("accuracy %", lambda r: number(r["accuracy"]), 100, 2),
+    Metric("NLL", lambda r: number(r["nll"]), 1, 3),
+    Metric("ECE %", lambda r: number(r["ece"]), 100, 2),
     Metric("corrupted accuracy %", lambda r: corrupted(r, "accuracy"), 100, 2),
     Metric("corrupted NLL", lambda r: corrupted(r, "nll"), 1, 3),
     Metric("corrupted ECE %", lambda r: corrupted(r, "ece"), 100, 2),
@@ -124,7 +130,9 @@ def tuning_table(stage: Stage, records: Sequence[Record]) -> Iterator[str]:
         change, record = next(grid[run.method]), found[run.key]
         setting = ", ".join(f"{name}={value}" for name, value in change.items())
         mark = "yes" if change == chosen[run.method] else ""
-        yield _row(run.method, setting, f"{100 * record['accuracy']:.2f}", f"{record['nll']:.3f}", mark)
+        yield _row(
+            run.method, setting, f"{100 * record['accuracy']:.2f}", f"{number(record['nll']):.3f}", mark
+        )
 
 
 def draw(stage: Stage, records: Sequence[Record]) -> Figure:
@@ -147,6 +155,8 @@ def draw(stage: Stage, records: Sequence[Record]) -> Figure:
 
 
 def _cell(value: Estimate, digits: int, *, signed: bool = False) -> str:
+    if isnan(value.mean):
+        return "diverged"
     sign = "+" if signed else ""
     width = f" ± {value.high - value.mean:.{digits}f}" if value.count > 1 else ""
     return f"{value.mean:{sign}.{digits}f}{width}"

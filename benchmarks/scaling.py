@@ -172,7 +172,7 @@ def work_as_rank(rank: int, size: int, load: Load, repeats: int, folder: str) ->
 
 def main(settings: Settings) -> None:
     """Measure, and write a line for each value and each law."""
-    origin = provenance()
+    origin = provenance(torch.device("cpu"))
     for record in chain(growth(settings), ranks(settings)):
         write_line({**record, **origin}, settings.out)
 

@@ -41,8 +41,9 @@ class Settings:
             scored once more under each corruption.
         augment: shift training images and mirror them where that keeps their class.
         regularizer: "none", "dropcluster", the name of another of the package's regularisers, which is
-            attached by StructuredDropout, or "drop_path", timm's own, at a constant rate in all blocks; the
-            options from `layers` to `schedule` are for all but the last.
+            attached by StructuredDropout, or "drop_path", timm's own, at a rate that grows from block to
+            block up to `drop_prob` and stays as it is in training; the options from `layers` to `schedule`
+            are for all but the last.
         layers: pattern or list of patterns of layer names; the first convolution by default.
         any_layer: let `layers` name modules of any type, such as activations, not convolutions only.
         drop_prob: drop probability at the end of training, in [0, 1).

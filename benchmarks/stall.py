@@ -12,8 +12,9 @@ import torch
 from data import ImageDataModule, load
 from models import build_model
 from record import quiet
+from settings import Settings
 from torch import Tensor
-from train import Classifier
+from train import Classifier, build_trainer
 
 from lightning_dropcluster import DropCluster
 
@@ -50,15 +51,7 @@ def fit(
         overlap_steps=overlap_steps,
     )
     watch = Watch()
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        callbacks=[callback, watch],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = build_trainer(Settings(epochs=epochs, progress_bar=False), callback, watch)
     model = Classifier(build_model(name, "cifar", 10), 10, lr=0.05, weight_decay=0.0)
     started = time.perf_counter()
     trainer.fit(model, datamodule=ImageDataModule(load("digits", train_samples=train_samples), 64))

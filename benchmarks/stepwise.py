@@ -17,8 +17,9 @@ from data import DataName, ImageDataModule, load
 from inertia import inertia
 from models import build_model
 from record import parse, provenance, quiet, write_line
+from settings import Settings as TrainSettings
 from torch import Tensor
-from train import Classifier
+from train import Classifier, build_trainer
 
 from lightning_dropcluster import DropCluster, FaissKMeans
 from lightning_dropcluster.clustering import adjusted_rand_index
@@ -83,15 +84,8 @@ def follow(settings: Settings, case: str, options: dict[str, Any]) -> dict[str, 
     shown = torch.cat([x for x, _ in module.train_dataloader()])[: settings.samples]
     callback = DropCluster(settings.layer, 0.0, start=0, **options)
     weigh = Weigh(callback, shown, settings.layer)
-    trainer = pl.Trainer(
-        max_epochs=settings.epochs,
-        callbacks=[callback, weigh],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    training = TrainSettings(epochs=settings.epochs, progress_bar=False)
+    trainer = build_trainer(training, callback, weigh, accelerator="cpu")
     network = build_model(settings.model, "cifar", len(images.classes))
     trainer.fit(Classifier(network, len(images.classes), lr=0.05, weight_decay=0.0), datamodule=module)
     return {
@@ -117,7 +111,9 @@ def main(settings: Settings) -> None:
         with quiet():
             record = follow(settings, case, options)
         about = {"model": settings.model, "data": settings.data, "layer": settings.layer}
-        write_line({"benchmark": "stepwise", **about, **record, **provenance()}, settings.out)
+        write_line(
+            {"benchmark": "stepwise", **about, **record, **provenance(torch.device("cpu"))}, settings.out
+        )
 
 
 if __name__ == "__main__":

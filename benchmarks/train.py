@@ -152,13 +152,16 @@ def build_classifier(settings: Settings, num_classes: int) -> Classifier:
     )
 
 
-def build_trainer(settings: Settings, callback: pl.Callback | None) -> pl.Trainer:
-    """One device, and nothing written to disk."""
+def build_trainer(
+    settings: Settings, *callbacks: pl.Callback | None, accelerator: str = "auto"
+) -> pl.Trainer:
+    """One device, and nothing written to disk; callbacks that are ``None`` are left out."""
     return pl.Trainer(
         max_epochs=settings.epochs,
         precision=settings.precision,
+        accelerator=accelerator,
         devices=1,
-        callbacks=[] if callback is None else [callback],
+        callbacks=[callback for callback in callbacks if callback is not None],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

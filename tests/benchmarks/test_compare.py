@@ -8,7 +8,7 @@ from compare import Options, main, read_records, remaining, words
 from paired import difference, estimate
 from protocol import Method, Stage, choose, final_runs, tuning_runs
 from record import parse
-from report import METRICS, collect, markdown
+from report import METRICS, collect, draw, markdown
 from report import Options as ReportOptions
 from report import main as report_main
 from scipy import stats
@@ -224,3 +224,16 @@ def test_lines_are_json(tmp_path):
     out = tmp_path / "r.jsonl"
     out.write_text(json.dumps({"a": 1}) + "\n")
     assert read_records(str(out)) == [{"a": 1}]
+
+
+def test_a_run_that_diverged_is_reported_as_such():
+    scores = {"accuracy": 0.1, "nll": None, "ece": None}
+    corrupted = {"a": {key: [0.1, value] for key, value in scores.items()}}
+    records = [*TUNED[:1], {**TUNED[1], **scores}]
+    records += [{**fake_record(run), **scores, "corrupted": corrupted} for run in final_runs(STAGE, records)]
+    rows = [line.split(" | ") for line in markdown(STAGE, records)]
+    assert ["| dropped", "drop_prob=0.5", "10.00", "nan", " |"] in [row[:5] for row in rows]
+    assert [row[2:5] for row in rows if row[:2] == ["| dropped", "2"]] == [
+        ["10.00 ± 0.00", "diverged", "diverged"]
+    ]
+    draw(STAGE, records)
