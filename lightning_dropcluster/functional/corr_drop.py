@@ -22,8 +22,9 @@ def corr_drop(x: Tensor, drop_prob: Tensor | float, block_size: int, *, draw: Dr
     Source: the spatial variant of CorrDrop (Zeng, Dai and Xia, ICASSP 2020; Pattern Recognition 120, 2021),
     after the authors' code, https://github.com/Sandy-Zeng/CorrDrop; of the papers we had the abstracts. Where
     we differ: they draw candidates and then drop some of them, which we do in one draw of the same
-    probability; they centre the tiles, we lay them from the first corner; maps may have one to three
-    dimensions.
+    probability; they centre the tiles, we lay them from the first corner; where tiles overhang a map they
+    drop less than ``drop_prob`` (0.64 of it for maps of 8 x 8 and tiles of 5), we do not; maps may have one
+    to three dimensions.
 
     Args:
         x: activation (N, C, *spatial), floating point, with one to three spatial dimensions.

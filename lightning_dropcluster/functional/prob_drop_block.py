@@ -20,7 +20,8 @@ def prob_drop_block(
     """Drop blocks of features, rather where the activation is large.
 
     A block's seed is drawn with the probability gamma |x_i| / mean |x|, where gamma is that of `drop_block`,
-    x_i the feature in the middle of the block, and the mean is that of the map. What is kept is scaled by
+    x_i the feature in the middle of the block, and the mean is over the middles of all blocks of the map, so
+    that gamma is the mean probability. What is kept is scaled by
     (number of features) / (number kept) over the batch; as large activations are dropped more often, the mean
     of the activation's magnitude falls nevertheless. Where all are alike this is `drop_block`.
 
@@ -54,7 +55,7 @@ def prob_drop_block(
 
 
 def relative_salience(x: Tensor, block: Sequence[int], places: Sequence[int]) -> Tensor:
-    """Return the magnitude of the features in the middle of blocks, in units of its mean over the map.
+    """Return the magnitude of the features in the middle of blocks, in units of its mean over all of them.
 
     Args:
         x: activation (N, C, *spatial).
