@@ -60,7 +60,8 @@ def print_history(history: LayerHistory) -> None:
         history: of the layer.
     """
     labels, epochs = history.labels, history.epochs
-    parts = [f"epoch {epochs[-1]}", f"{int(labels[-1].max()) + 1} clusters", f"scope {history.scope}"]
+    count = int(labels[-1].max()) + 1
+    parts = [f"epoch {epochs[-1]}", f"{count} cluster{'s' * (count != 1)}", f"scope {history.scope}"]
     if len(labels) > 1:
         since = agreement(labels[-1], labels[-2], history.scope)
         parts.append(f"agreement with epoch {epochs[-2]}: {since:.2f}")
@@ -123,7 +124,10 @@ def _those(found: Preview, names: Collection[str]) -> Iterator[LayerPreview]:
 
 
 def _notes(chosen: Preview, scope: str) -> Iterator[str]:
-    small = [layer for layer in chosen.layers if layer.shape and set(layer.shape[1:]) == {1}]
-    if small and scope != "channel":
-        verb = "have maps" if len(small) > 1 else "has maps"
-        yield f"{len(small)} of these {verb} of 1 × 1: use scope='channel' there, or leave them out."
+    whole = [layer for layer in chosen.layers if layer.shape and layer.num_clusters == 1]
+    if whole and scope == "map":
+        noun = "layers" if len(whole) > 1 else "layer"
+        yield (
+            f"In {len(whole)} {noun} each map is one cluster, so whole maps are dropped: lower cluster_size, "
+            "use scope='channel', or leave them out."
+        )

@@ -84,13 +84,14 @@ def test_modules_of_any_type_are_listed_among_the_convs(run):
     assert "3 layers" in out
 
 
-def test_one_by_one_maps_have_a_note(run):
-    assert "9 of these have maps of 1 × 1" in run(
-        "layers", "mobilenetv3_small_050", "--match", "**.se.conv_reduce"
+def test_maps_of_one_cluster_have_a_note(run):
+    model, note = "mobilenetv3_small_050", "each map is one cluster, so whole maps are dropped"
+    assert f"In 9 layers {note}" in run("layers", model, "--match", "**.se.conv_reduce", columns=160)
+    assert note not in run("layers", model, "--match", "**.se.*", "--scope=channel", columns=160)
+    assert f"In 1 layer {note}" in run(
+        "layers", "resnet18", "--match", "layer4.1.conv2", "--input=96", columns=160
     )
-    assert "maps of 1 × 1" not in run(
-        "layers", "mobilenetv3_small_050", "--match", "**.se.*", "--scope=channel"
-    )
+    assert note not in run("layers", "resnet18", "--match", "layer4.1.conv2", columns=160)
 
 
 def test_a_pipe_gets_whole_names(capsys, monkeypatch):
