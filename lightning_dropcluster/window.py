@@ -55,7 +55,12 @@ class GatheringWindow:
 
     def arm(self) -> None:
         """Prepare for a step: layers whose shape is known by now get a sketch."""
-        for gathering in self.gatherings.values():
+        for name, gathering in self.gatherings.items():
+            sketch = gathering.sketch if _changed_size(gathering) else None
+            if sketch is not None and not sketch.count and name not in self._resized:
+                # Made for the size before the window. Once only: sizes that take turns would never meet.
+                self._resized.add(name)
+                gathering.sketch = None
             if gathering.sketch is None and gathering.shape is not None:
                 gathering.sketch = self._make_sketch(gathering.shape)
 
@@ -66,12 +71,6 @@ class GatheringWindow:
             True once ``num_samples`` were seen over all ranks, by the slowest of the layers that ran in this
             step: some fold windows or heads into the batch, others run only now and then.
         """
-        for name, gathering in self.gatherings.items():
-            sketch = gathering.sketch if _changed_size(gathering) else None
-            if sketch is not None and not sketch.count and name not in self._resized:
-                # Made for the size before the window. Once only: sizes that take turns would never meet.
-                self._resized.add(name)
-                gathering.sketch = None
         ran = [g.sketch.count for g in self.gatherings.values() if g.sketch is not None and not g.first_call]
         nothing = torch.zeros((), dtype=torch.int64, device=self.device)
         seen = torch.stack(ran).min() if ran else nothing

@@ -100,7 +100,6 @@ def test_the_first_batch_of_the_window_sets_its_size():
     step(window, {"stem": make_x(1, (2, 3, 6))})
     step(window, {"stem": make_x()})
     assert not window.is_full()
-    assert window.gatherings["stem"].sketch is None
     step(window, {"stem": make_x()})
     assert window.gatherings["stem"].sketch.shape == SHAPE
     assert window.gatherings["stem"].sketch.count == 8
