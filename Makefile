@@ -26,9 +26,9 @@ demo: .venv/.installed ## Train a timm model on real images with the callback an
 	$(BIN)/python benchmarks/demo.py $(DEMO_ARGS)
 
 .PHONY: test
-test: .venv/.installed ## Run all tests, with coverage
+test: .venv/.installed ## Run all tests, with coverage; or those that PYTEST_ARGS chooses
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
-		--cov --cov-report=term:skip-covered --cov-fail-under=95 $(PYTEST_ARGS)
+		$(or $(PYTEST_ARGS),--cov --cov-report=term:skip-covered --cov-fail-under=95)
 
 .PHONY: test-long
 test-long: .venv/.installed ## Run the tests that take minutes: the timm zoo, ranks, kills, fuzz
@@ -70,8 +70,9 @@ dist: .venv/.installed ## Build wheel and sdist into dist/, and try the wheel in
 constraints: ## Pin what the newest releases resolve to
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --editable '.[dev,release]'
-	$(BIN)/pip freeze --exclude-editable > constraints.txt
+	{ head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed -E 's/^faiss-gpu(==.*)/faiss-cpu\1\n&/'; } > constraints.new
+	mv constraints.new constraints.txt
 
 .PHONY: clean
 clean: ## Remove what the other targets made
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache demo site build dist *.egg-info
+	rm -rf .venv .coverage .pytest_cache .ruff_cache .hypothesis .import_linter_cache demo site build dist *.egg-info

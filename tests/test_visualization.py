@@ -169,7 +169,7 @@ def test_bad_counts(name, value):
 
 def test_missing_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install lightning-dropcluster\[plot\]"):
+    with pytest.raises(ImportError, match=r"pip install 'lightning-dropcluster\[plot\]'"):
         plot_clusters(torch.zeros(1, 2, 2, dtype=torch.long))
 
 
