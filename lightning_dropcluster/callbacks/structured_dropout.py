@@ -35,8 +35,8 @@ class StructuredDropout(LayerCallback):
     Args:
         layers: which layers, as in `DropCluster`.
         regularizer: a module, copied for each layer; a name in `REGULARIZERS` but ``"cluster_drop"``, which
-            needs labels; or a class or function that
-            makes a module, of nothing or of one argument, the layer's number of channels.
+            needs labels; or a class or function that makes a module, of nothing or of one argument, the
+            layer's number of channels.
         drop_prob: drop probability in [0, 1) at the end of the schedule; where it is ``None``, the module's
             own. Only for modules with ``set_drop_prob``.
         start: when dropping begins: a float is a fraction of training in [0, 1), an integer an epoch.
