@@ -41,7 +41,11 @@ class Watch(pl.Callback):
 def fit(
     name: str, overlap_steps: int, epochs: int, train_samples: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Train a small ResNet with a reclustering in every epoch; return its labels and what was measured."""
+    """Train a small ResNet with a reclustering in every epoch, on a GPU where there is one.
+
+    Returns:
+        Its labels and what was measured.
+    """
     pl.seed_everything(0, verbose=False)
     callback = DropCluster(
         LAYERS,

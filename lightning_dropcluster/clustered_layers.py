@@ -303,7 +303,8 @@ class ClusteredLayers:
 
     def _recluster(self, window: GatheringWindow) -> None:
         """Close a full window and have its sketches clustered; where none can be, open another at first."""
-        ranks.raise_together(silence(self.silent()), self._device)
+        if not self.clusters:
+            ranks.raise_together(silence(self.silent()), self._device)
         sketches, self.window = window.merge(), None
         if not sketches and not self.clusters:
             return self.open_window()
@@ -327,8 +328,10 @@ class ClusteredLayers:
     def _clock(self) -> Iterator[None]:
         """Add what is done inside to the seconds spent on reclustering."""
         started = time.perf_counter()
-        yield
-        self.seconds += time.perf_counter() - started
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
 
     def _is_due(self) -> bool:
         return self.reclustering is not None and self.reclustering.wait_steps <= 0

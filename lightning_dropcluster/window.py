@@ -50,7 +50,7 @@ class GatheringWindow:
         before = self._counts
         sketches = {name: g.sketch for name, g in self.gatherings.items() if g.sketch is not None}
         self._counts = {name: int(sketch.count) for name, sketch in sketches.items()}
-        idle = [name for name, count in self._counts.items() if count == before.get(name, 0)]
+        idle = [name for name, count in self._counts.items() if count == before.get(name)]
         return any(_changed_size(self.gatherings[name]) for name in idle)
 
     def arm(self) -> None:

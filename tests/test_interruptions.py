@@ -69,6 +69,68 @@ def test_layers_that_take_turns_are_no_error_where_a_run_goes_on_late_in_an_epoc
     assert trainer.global_step == 32
 
 
+class EarlyHead(Classifier):
+    """One part is trained in the first two epochs alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.aux = nn.Conv2d(3, 4, 3, padding=1)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss if self.current_epoch > 1 else loss + self.aux(batch[0]).square().mean()
+
+
+@pytest.mark.parametrize("saves", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: make_callback(["model.conv1", "aux"], num_samples=16, every_n_epochs=2),
+        lambda: StructuredDropout(["model.conv1", "aux"], "dropout"),
+    ],
+    ids=["DropCluster", "StructuredDropout"],
+)
+@pytest.mark.filterwarnings("ignore:DropCluster. layer 'aux' ")
+def test_a_layer_that_has_run_in_an_earlier_fit_need_not_run_again(loader, tmp_path, make, saves):
+    callback, module = make(), EarlyHead()
+    trainer = make_trainer(callback)
+    trainer.fit(module, loader)
+    trainer.fit_loop.max_epochs, path = 7, None
+    if saves:
+        path = tmp_path / "after.ckpt"
+        trainer.save_checkpoint(path)
+        trainer, module = make_trainer(make(), max_epochs=7), EarlyHead()
+    trainer.fit(module, loader, ckpt_path=path)
+    assert trainer.current_epoch == 7
+
+
+@pytest.mark.parametrize("last_batch", [0, 1])
+def test_an_epoch_that_is_broken_off_says_nothing_of_the_layers(loader, last_batch):
+    class BreaksOff(Turns):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if self.current_epoch == 0 and batch_idx == last_batch else None
+
+    callback = StructuredDropout(["model.conv1", "aux"], "dropout")
+    trainer = make_trainer(callback, max_epochs=2)
+    trainer.fit(BreaksOff(), loader)
+    assert trainer.current_epoch == 2
+
+
+@pytest.mark.filterwarnings("ignore:DropCluster. layer 'model.conv1' was not gathered")
+def test_a_layer_is_in_eval_mode_if_it_is_in_the_steps(loader):
+    class Unfreeze(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            pl_module.model.conv1.train(trainer.current_epoch > 0)
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            pl_module.model.conv1.train()
+
+    callback = make_callback(["conv1", "layer1.0.conv1"], num_samples=16, every_n_epochs=1)
+    with pytest.warns(UserWarning, match="are in eval mode"):
+        make_trainer(Unfreeze(), callback).fit(Classifier(), loader)
+    assert len(callback.labels) == 2
+
+
 @pytest.mark.parametrize("every_n_epochs", [0, 5])
 def test_a_window_that_an_error_has_closed_is_opened_again(loader, tmp_path, every_n_epochs):
     class Save(pl.Callback):  # as OnExceptionCheckpoint does, which Lightning puts last
@@ -177,13 +239,14 @@ def test_a_first_window_that_comes_to_nothing_is_followed_by_another(loader, eve
     assert seen.index(True) == 8
 
 
-def test_sizes_that_take_turns_fill_a_window_in_the_end():
+@pytest.mark.parametrize("every_n_train_steps", [2, 5])
+def test_sizes_that_take_turns_fill_a_window_in_the_end(every_n_train_steps):
     class Alternating(IterableDataset):
         def __iter__(self):
             batches = [next(iter(make_loader(8, 8, size))) for size in (32, 48)]
             return iter(batches * 20)
 
-    callback = make_callback(every_n_train_steps=5)
+    callback = make_callback(every_n_train_steps=every_n_train_steps)
     make_trainer(callback, max_epochs=1).fit(Classifier(), DataLoader(Alternating(), batch_size=None))
     assert callback.labels
 

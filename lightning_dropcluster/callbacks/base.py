@@ -68,7 +68,7 @@ class LayerCallback(_Base):
         self._drop_prob_now = 0.0
         self._loaded: dict[str, Any] | None = None
         self._was_loaded = False
-        self._saw_whole_epoch = False
+        self._is_fresh = self._saw_first_batch = False
         self._log_prefix = self.log_name
 
     @property
@@ -98,6 +98,7 @@ class LayerCallback(_Base):
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Say so where a resumed checkpoint was written without this callback."""
+        self._is_fresh = trainer.global_step == 0  # only now have the counters been restored
         if trainer.ckpt_path and not self._was_loaded and ranks.rank() == 0:
             warnings.warn(
                 f"{type(self).__name__}: the checkpoint has no state of this callback ({self.state_key}); "
@@ -110,7 +111,6 @@ class LayerCallback(_Base):
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Set the drop probability of the step."""
-        self._saw_whole_epoch |= batch_idx == 0
         share, is_due = self._progress.advance(_position(trainer, batch_idx))
         if _only_updates_statistics(trainer):
             share, is_due = 0.0, False
@@ -120,9 +120,14 @@ class LayerCallback(_Base):
         if not (trainer.barebones or math.isnan(self._drop_prob_now)):
             pl_module.log(f"{self._log_prefix}/drop_prob", self._drop_prob_now, batch_size=1)
 
-    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Fail where a layer has not run in a whole epoch; before the start, warn."""
-        error = silence(self._silent()) if self._saw_whole_epoch else None
+    def on_train_batch_end(
+        self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Fail where a layer of a new training has not run in a whole epoch; before the start, warn."""
+        self._saw_first_batch |= batch_idx == 0
+        if not (self._is_fresh and self._saw_first_batch and trainer.is_last_batch):
+            return
+        error = silence(self._silent())
         if self._progress.has_begun:
             ranks.raise_together(error, pl_module.device)
         elif error is not None and ranks.rank() == 0:
@@ -154,7 +159,7 @@ class LayerCallback(_Base):
         """Take all hooks off. Nothing happens where no hook is on."""
         self._hooked = {}
         self._drop_prob_now = 0.0
-        self._saw_whole_epoch = False
+        self._is_fresh = self._saw_first_batch = False
 
     # Checkpoints
 

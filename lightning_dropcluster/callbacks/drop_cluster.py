@@ -204,6 +204,7 @@ class DropCluster(LayerCallback):
             self._pictures.send(
                 trainer, {name: self._layers.clusters[name] for name in reports}, self._log_prefix
             )
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Wait for labels that are still being made; say so where there never were any."""
@@ -306,13 +307,13 @@ class DropCluster(LayerCallback):
             )
 
     def _warn_of_no_clusters(self) -> None:
-        window = self._layers.window
-        if window is not None and not self._layers.clusters and ranks.rank() == 0:
-            warnings.warn(
-                f"DropCluster: training ended before num_samples={window.num_samples} samples were gathered, "
-                "so no clusters were made and nothing was dropped; lower num_samples, or start earlier",
-                stacklevel=2,
-            )
+        if self._layers.clusters or not self._progress.has_begun or ranks.rank() > 0:
+            return
+        what, window = "no clusters were made and nothing was dropped", self._layers.window
+        if window is not None:
+            reason = f"training ended before num_samples={window.num_samples} samples were gathered"
+            what = f"{reason}, so {what}; lower num_samples, or start earlier"
+        warnings.warn(f"DropCluster: {what}", stacklevel=2)
 
 
 def _default_clusterer(seed: int) -> Clusterer:

@@ -112,6 +112,7 @@ class StructuredDropout(LayerCallback):
     ) -> None:
         """Drop nothing outside training steps."""
         self._layers.end_step()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def detach(self) -> None:
         """Take all hooks off; learned regularisers stay in the model. Nothing happens where no hook is on."""
