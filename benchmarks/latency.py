@@ -88,6 +88,8 @@ def peers() -> dict[str, Callable[[], nn.Module]]:
 def time_alternating(cases: dict[str, Step], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Run the cases in turn, so that what slows the machine slows all of them alike.
 
+    Each turn begins with another case, as what a case leaves in the caches serves the next.
+
     Args:
         cases: name to what is timed.
         repeats: timed runs of each, after two that warm up.
@@ -98,8 +100,9 @@ def time_alternating(cases: dict[str, Step], repeats: int, device: torch.device)
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for run in range(repeats + 2):
-        for name, step in cases.items():
-            _, took = clock(step, device)
+        names = list(cases)
+        for name in names[run % len(names) :] + names[: run % len(names)]:
+            _, took = clock(cases[name], device)
             if run >= 2:
                 seconds[name].append(took.seconds)
     return seconds
