@@ -123,10 +123,8 @@ class ClusteredLayers:
         """Take every hook off and free what only training needs; nothing happens where that is done."""
         if self._injection is not None:
             self._injection.detach()
-        if self.reclustering is not None:
-            self.reclustering.abandon()
-        self._injection = self.window = self.reclustering = None
-        self.waiting = nullcontext()
+        self._abandon()
+        self._injection, self.waiting = None, nullcontext()
         self._gatherings, self._modules = {}, {}
 
     def open_window(self) -> None:
@@ -271,11 +269,7 @@ class ClusteredLayers:
             clusters: name to clusters.
             state: what `state_dict` returned.
         """
-        if self.window is not None:
-            self.window.close()
-        if self.reclustering is not None:
-            self.reclustering.abandon()
-        self.window = self.reclustering = None
+        self._abandon()
         self.clusters = dict(clusters)
         self.windows_opened = state["windows_opened"]
         self._is_owed = state["window"] is not None or state["reclustering"] is not None
@@ -289,6 +283,14 @@ class ClusteredLayers:
         if state["reclustering"] is not None:
             self.reclustering = Reclustering.from_state(state["reclustering"], self._device)
         self.memory.load_state_dict(state["memory"])
+
+    def _abandon(self) -> None:
+        """Let go of an open window and of labels in the making."""
+        if self.window is not None:
+            self.window.close()
+        if self.reclustering is not None:
+            self.reclustering.abandon()
+        self.window = self.reclustering = None
 
     def _make_window(self) -> GatheringWindow:
         return GatheringWindow(

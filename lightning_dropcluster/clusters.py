@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dropcluster.clustering.protocol import INTEGERS
+from lightning_dropcluster.clustering.protocol import check_integers
 from lightning_dropcluster.layers import count_channels
 from lightning_dropcluster.regularizers.cluster_drop import smallest_integer_type
 from lightning_dropcluster.scopes import SCOPES, Scope, Shape
@@ -72,7 +72,7 @@ def clusters_from_labels(labels: Tensor, scope: Scope, name: str) -> Clusters:
         TypeError: where the labels are no integer tensor.
         ValueError: where a label is out of range, or the scope shares what differs.
     """
-    _check_integers(labels, name)
+    check_integers(labels, f"labels of layer {name!r}")
     if labels.ndim < 1 or not labels.numel():
         raise ValueError(f"labels of layer {name!r} have shape {tuple(labels.shape)}: must be (C, *spatial)")
     return _pack(scope.compress(labels), tuple(labels.shape), scope, name)
@@ -96,7 +96,7 @@ def clusters_from_state(state: Any, scope: Scope, name: str) -> Clusters:
     if not isinstance(state, Mapping) or set(state) != {"table", "shape"}:
         raise ValueError(f"state of layer {name!r}: must hold 'table' and 'shape', but is {_brief(state)}")
     table, shape = state["table"], state["shape"]
-    _check_integers(table, name)
+    check_integers(table, f"labels of layer {name!r}")
     check_shape(shape, f"state of layer {name!r}: shape")
     if tuple(table.shape) != scope.label_shape(tuple(shape)):
         raise ValueError(
@@ -235,11 +235,6 @@ def _pack(table: Tensor, shape: Shape, scope: Scope, name: str) -> Clusters:
     if low < 0 or high >= items:
         raise ValueError(f"labels of layer {name!r} are in [{low}, {high}]: must be in [0, {items})")
     return Clusters(smallest_table(table), shape)
-
-
-def _check_integers(labels: Any, name: str) -> None:
-    if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
-        raise TypeError(f"labels of layer {name!r}: must be an integer tensor, not {_brief(labels)}")
 
 
 def _brief(value: Any) -> str:

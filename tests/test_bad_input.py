@@ -347,7 +347,7 @@ def test_a_checkpoint_without_labels_is_no_source_of_labels(tmp_path):
             r"previous of shape \(1, 4, 4\): must be \(2, 4, 4\)",
         ),
         (lambda: plot_history(LABELS), TypeError, "history: must be a sequence of labels"),
-        (lambda: ClusterDrop(64), TypeError, "labels: must be an integer tensor .*, not 64"),
+        (lambda: ClusterDrop(64), TypeError, "labels: must be an integer tensor, not 64"),
         (lambda: ClusterDrop(LABELS.float()), TypeError, "labels: must be an .*, not a torch.float32 tensor"),
         (
             lambda: AdvancedDropout(8)(torch.rand(2, 4, 3)),

@@ -38,8 +38,8 @@ Layers = str | list[str] | Callable[[str, nn.Module], bool] | list[Callable[[str
 class LayerCallback(_Base):
     """A callback that drops in chosen layers, to the measure of a schedule, and leaves nothing attached.
 
-    Subclasses say what happens in `_attach`, `_begin_step`, `_silent`, `_state`, `_read_state` and `_load`,
-    and extend `_reset` and `detach`; this class says when.
+    Subclasses say what happens in `_attach`, `_begin_step`, `_state`, `_read_state` and `_load`, and extend
+    `_reset` and `detach`; this class says when.
 
     Args:
         layers: which layers, see `select_layers`.
@@ -52,6 +52,7 @@ class LayerCallback(_Base):
     """
 
     log_name: ClassVar[str]
+    _layers: Any  # what subclasses do it with; it names its `silent` layers
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class LayerCallback(_Base):
         self._saw_first_batch |= batch_idx == 0
         if not (self._is_fresh and self._saw_first_batch and trainer.is_last_batch):
             return
-        error = silence(self._silent())
+        error = silence(self._layers.silent())
         if self._progress.has_begun:
             ranks.raise_together(error, pl_module.device)
         elif error is not None and ranks.rank() == 0:
@@ -222,10 +223,6 @@ class LayerCallback(_Base):
         Returns:
             The drop probability in use.
         """
-        raise NotImplementedError
-
-    def _silent(self) -> list[str]:
-        """Name the hooked layers that have not run in training, but for those in eval mode."""
         raise NotImplementedError
 
     def _state(self) -> dict[str, Any]:

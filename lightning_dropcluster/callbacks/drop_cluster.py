@@ -95,6 +95,7 @@ class DropCluster(LayerCallback):
     """
 
     log_name = "dropcluster"
+    _layers: ClusteredLayers
 
     def __init__(
         self,
@@ -238,9 +239,6 @@ class DropCluster(LayerCallback):
         if is_due:
             self._layers.open_window()
         return self._layers.begin_step(self.drop_prob * share)
-
-    def _silent(self) -> list[str]:
-        return self._layers.silent()
 
     # Uncertainty
 

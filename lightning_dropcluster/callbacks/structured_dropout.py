@@ -56,6 +56,7 @@ class StructuredDropout(LayerCallback):
     """
 
     log_name = "structured_dropout"
+    _layers: RegularizedLayers
 
     def __init__(
         self,
@@ -131,9 +132,6 @@ class StructuredDropout(LayerCallback):
 
     def _begin_step(self, share: float, is_due: bool) -> float:
         return self._layers.begin_step(share)
-
-    def _silent(self) -> list[str]:
-        return self._layers.silent()
 
     # Learned regularisers
 

@@ -37,6 +37,21 @@ class Clusterer(Protocol):
         ...
 
 
+def check_integers(labels: object, what: str) -> None:
+    """Check that labels are integers.
+
+    Args:
+        labels: what should be an integer tensor.
+        what: to call them in the error.
+
+    Raises:
+        TypeError: where they are no integer tensor.
+    """
+    if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
+        kind = f"a {labels.dtype} tensor" if isinstance(labels, Tensor) else f"{labels!r}"[:80]
+        raise TypeError(f"{what}: must be an integer tensor, not {kind}")
+
+
 def check_clusterer(clusterer: object) -> None:
     """Check that something can be called as a clusterer is.
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lightning_dropcluster.clustering.protocol import INTEGERS
+from lightning_dropcluster.clustering.protocol import check_integers
 from lightning_dropcluster.functional import cluster_drop, cluster_sizes, draw_keep_table
 
 RESCALES = ("batch", "expected")
@@ -60,9 +60,7 @@ class ClusterDrop(nn.Module):
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS or labels.ndim < 1:
-            kind = f"a {labels.dtype} tensor" if isinstance(labels, Tensor) else f"{labels!r}"[:80]
-            raise TypeError(f"labels: must be an integer tensor (C or 1, *spatial), not {kind}")
+        check_integers(labels, "labels")
         if rescale not in RESCALES:
             raise ValueError(f"rescale={rescale!r}: must be one of {', '.join(RESCALES)}")
         if paired and not per_sample:
