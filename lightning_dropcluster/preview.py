@@ -272,20 +272,26 @@ def _arguments(module: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[s
             "has no example_input_array"
         )
     weight = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    numbers = isinstance(example, tuple | list) and all(isinstance(side, int | float) for side in example)
-    if isinstance(example, str | int | float) or (
-        numbers and not (example and all(type(side) is int and side > 0 for side in example))
-    ):
-        raise ValueError(
-            f"example_input={example!r}: must be a batch, or the shape (C, *spatial) of one sample, "
-            "integers of at least 1"
-        )
-    if numbers:
-        return (torch.zeros(1, *example, dtype=weight.dtype, device=weight.device),), {}
+    if (shape := _sample_shape(example)) is not None:
+        return (torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device),), {}
     if isinstance(example, Mapping):
         return (), {name: _moved(value, weight.device) for name, value in example.items()}
     values = example if isinstance(example, tuple | list) else (example,)
     return tuple(_moved(value, weight.device) for value in values), {}
+
+
+def _sample_shape(example: Any) -> tuple[int, ...] | None:
+    """Read the shape of a sample; ``None`` where it is no shape but a batch."""
+    is_listed = isinstance(example, tuple | list)
+    sides: Any = example if is_listed else (example,)
+    if not all(isinstance(side, int | float | str) for side in sides):
+        return None
+    if not (is_listed and sides and all(type(side) is int and side > 0 for side in sides)):
+        raise ValueError(
+            f"example_input={example!r}: must be a batch, or the shape (C, *spatial) of one sample, integers "
+            "of at least 1"
+        )
+    return tuple(sides)
 
 
 def _moved(value: Any, device: torch.device) -> Any:
