@@ -27,6 +27,7 @@ StageName = Literal[
     "blocks-5000",
     "resnet18-1000",
     "augmented-2000",
+    "augmented-long-1000",
 ]
 
 QUICK = Stage(
@@ -385,6 +386,23 @@ AUGMENTED_2000 = replace(
 )
 """The usual augmentation, which leaves less to be gained."""
 
+_WEAK = (0.1, 0.35)
+AUGMENTED_LONG_1000 = replace(
+    BLOCKS_1000,
+    base=replace(BLOCKS_1000.base, augment=True, epochs=60),
+    methods=(
+        _sized("DropCluster", "cluster_size", 4, 16, probs=_WEAK, **_CLUSTERS),
+        _sized("DropCluster, shuffled", "cluster_size", 4, 16, probs=_WEAK, **_CLUSTERS, clusters="shuffled"),
+        Method("none"),
+        _plain("Dropout", 0.05, 0.1, 0.2, 0.4, regularizer="dropout"),
+    ),
+    rounds=(
+        (range(3), _FIRST_FOUR),
+        (range(3, 5), _FIRST_FOUR),
+    ),
+)
+"""With augmentation, but trained for so long that a network can learn its images by heart again."""
+
 STAGES: dict[str, Stage] = {
     "quick": QUICK,
     "stem-2000": STEM_2000,
@@ -403,4 +421,5 @@ STAGES: dict[str, Stage] = {
     "blocks-5000": BLOCKS_5000,
     "resnet18-1000": RESNET18_1000,
     "augmented-2000": AUGMENTED_2000,
+    "augmented-long-1000": AUGMENTED_LONG_1000,
 }
