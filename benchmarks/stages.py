@@ -389,7 +389,7 @@ AUGMENTED_2000 = replace(
 _WEAK = (0.1, 0.35)
 AUGMENTED_LONG_1000 = replace(
     BLOCKS_1000,
-    base=replace(BLOCKS_1000.base, augment=True, epochs=60),
+    base=replace(BLOCKS_1000.base, augment=True, epochs=60, precision="32-true", corrupted_samples=0),
     methods=(
         _sized("DropCluster", "cluster_size", 4, 16, probs=_WEAK, **_CLUSTERS),
         _sized("DropCluster, shuffled", "cluster_size", 4, 16, probs=_WEAK, **_CLUSTERS, clusters="shuffled"),
