@@ -386,20 +386,19 @@ AUGMENTED_2000 = replace(
 )
 """The usual augmentation, which leaves less to be gained."""
 
-_WEAK = (0.1, 0.35)
 AUGMENTED_LONG_1000 = replace(
     BLOCKS_1000,
     base=replace(BLOCKS_1000.base, augment=True, epochs=60, precision="32-true", corrupted_samples=0),
     methods=(
-        _sized("DropCluster", "cluster_size", 4, 16, probs=_WEAK, **_CLUSTERS),
-        _sized("DropCluster, shuffled", "cluster_size", 4, 16, probs=_WEAK, **_CLUSTERS, clusters="shuffled"),
+        Method(
+            "DropCluster",
+            {**_AFTER_ADD, **_CLUSTERS},
+            ({"drop_prob": 0.1, "cluster_size": 4}, {"drop_prob": 0.35, "cluster_size": 16}),
+        ),
         Method("none"),
-        _plain("Dropout", 0.05, 0.1, 0.2, 0.4, regularizer="dropout"),
+        _plain("Dropout", 0.05, 0.4, regularizer="dropout"),
     ),
-    rounds=(
-        (range(3), _FIRST_FOUR),
-        (range(3, 5), _FIRST_FOUR),
-    ),
+    rounds=[((seed,), ("none", "DropCluster", "Dropout")) for seed in range(5)],
 )
 """With augmentation, but trained for so long that a network can learn its images by heart again."""
 
