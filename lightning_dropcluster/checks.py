@@ -5,6 +5,11 @@ from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
 
+import torch
+from torch import Tensor
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 def check_number(
     name: str,
@@ -50,6 +55,36 @@ def check_number(
     if not (number >= low and below and (is_integer or math.isfinite(number))):
         raise ValueError(f"{name}={value!r}: {rule}")
     return number
+
+
+def check_integers(name: str, value: Any) -> None:
+    """Check that a value is a tensor of integers, of a type that torch can compare and index by.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+
+    Raises:
+        TypeError: where it is none.
+    """
+    if not isinstance(value, Tensor) or value.dtype not in _INTEGERS:
+        raise TypeError(f"{name}: must be an integer tensor, not {describe(value)}")
+
+
+def describe(value: Any) -> str:
+    """Tell in an error what was given.
+
+    Args:
+        value: anything.
+
+    Returns:
+        The type of a tensor, the beginning of what `repr` makes of anything else.
+
+    Example:
+        >>> describe(torch.zeros(3))
+        'a torch.float32 tensor'
+    """
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"{value!r}"[:80]
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dropcluster.clustering.protocol import check_integers
+from lightning_dropcluster.checks import check_integers, describe
 from lightning_dropcluster.layers import count_channels
 from lightning_dropcluster.regularizers.cluster_drop import smallest_integer_type
 from lightning_dropcluster.scopes import SCOPES, Scope, Shape
@@ -72,7 +72,7 @@ def clusters_from_labels(labels: Tensor, scope: Scope, name: str) -> Clusters:
         TypeError: where the labels are no integer tensor.
         ValueError: where a label is out of range, or the scope shares what differs.
     """
-    check_integers(labels, f"labels of layer {name!r}")
+    check_integers(f"labels of layer {name!r}", labels)
     if labels.ndim < 1 or not labels.numel():
         raise ValueError(f"labels of layer {name!r} have shape {tuple(labels.shape)}: must be (C, *spatial)")
     return _pack(scope.compress(labels), tuple(labels.shape), scope, name)
@@ -94,9 +94,9 @@ def clusters_from_state(state: Any, scope: Scope, name: str) -> Clusters:
         ValueError: where anything else is not as `Clusters.state_dict` makes it.
     """
     if not isinstance(state, Mapping) or set(state) != {"table", "shape"}:
-        raise ValueError(f"state of layer {name!r}: must hold 'table' and 'shape', but is {_brief(state)}")
+        raise ValueError(f"state of layer {name!r}: must hold 'table' and 'shape', but is {describe(state)}")
     table, shape = state["table"], state["shape"]
-    check_integers(table, f"labels of layer {name!r}")
+    check_integers(f"labels of layer {name!r}", table)
     check_shape(shape, f"state of layer {name!r}: shape")
     if tuple(table.shape) != scope.label_shape(tuple(shape)):
         raise ValueError(
@@ -126,8 +126,8 @@ def read_initial_labels(source: Any, scope: Scope) -> dict[str, Clusters]:
         return _clusters_in(source, scope)
     if not isinstance(source, Mapping):
         raise TypeError(
-            f"initial_labels={_brief(source)}: must be a mapping of layer names to labels, or the path of a "
-            f"checkpoint, not {type(source).__name__}"
+            f"initial_labels={describe(source)}: must be a mapping of layer names to labels, or the path of "
+            f"a checkpoint, not {type(source).__name__}"
         )
     if not source:
         raise ValueError("initial_labels={}: must hold the labels of at least one layer")
@@ -182,7 +182,7 @@ def check_shape(shape: Any, what: str) -> None:
         ValueError: where it is no list of positive integers.
     """
     if not (isinstance(shape, list | tuple) and shape and all(type(n) is int and n > 0 for n in shape)):
-        raise ValueError(f"{what}={_brief(shape)}: must be a list (C, *spatial) of positive integers")
+        raise ValueError(f"{what}={describe(shape)}: must be a list (C, *spatial) of positive integers")
 
 
 def smallest_table(table: Tensor) -> Tensor:
@@ -235,7 +235,3 @@ def _pack(table: Tensor, shape: Shape, scope: Scope, name: str) -> Clusters:
     if low < 0 or high >= items:
         raise ValueError(f"labels of layer {name!r} are in [{low}, {high}]: must be in [0, {items})")
     return Clusters(smallest_table(table), shape)
-
-
-def _brief(value: Any) -> str:
-    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"{value!r}"[:80]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_dropcluster import ranks
 from lightning_dropcluster.injection import Injection
 from lightning_dropcluster.layers import LEARNED_CHILD
-from lightning_dropcluster.regularizers import ClusterDrop, Regularizer
+from lightning_dropcluster.regularizers import Regularizer
 from lightning_dropcluster.regularizers.making import (
     Source,
     check_setting,
@@ -83,7 +83,7 @@ class RegularizedLayers:
                     "configure_model"
                 )
             for part in regularizer.modules():
-                if isinstance(part, ClusterDrop | Regularizer):
+                if isinstance(part, Regularizer):
                     part.shift = 0.618 * ranks.rank() % 1.0  # ranks that are seeded alike must not drop alike
             self._switches[name] = Switch(regularizer.to(device))
         self._injection = Injection(modules, self._switches).attach(root)

@@ -184,15 +184,15 @@ FITS = [
         {"clusterer": Returns(lambda p, k: torch.zeros(p.shape[:2]))},
         Classifier,
         TypeError,
-        "clusterer: fit must return an integer tensor",
+        "clusterer: the labels that fit returns: must be an integer tensor",
         "torch.float32",
     ),
     (
         {"clusterer": Returns(lambda p, k: None)},
         Classifier,
         TypeError,
-        "clusterer: fit must return an integer tensor",
-        "NoneType",
+        "clusterer: the labels that fit returns: must be an integer tensor",
+        "not None",
     ),
     (
         {"initial_labels": short(torch.zeros(8, 4, 4).long())},
@@ -326,7 +326,7 @@ def test_a_checkpoint_without_labels_is_no_source_of_labels(tmp_path):
         (
             lambda: ClusterDrop(torch.zeros(1, 4).long(), 1.5),
             ValueError,
-            r"drop_prob=1.5: must be in \[0, 1\)",
+            r"drop_prob=1.5: must be a number in \[0, 1\)",
         ),
         (lambda: ClusterDrop(torch.zeros(1, 4).long(), rescale="x"), ValueError, "rescale='x'"),
         (

@@ -147,9 +147,10 @@ def test_labels_are_left_alone_and_pyplot_unused():
 @pytest.mark.parametrize(
     ("labels", "error", "message"),
     [
-        ([[0, 1]], TypeError, r"labels: must be an integer tensor \(C, \*spatial\), not list"),
-        (torch.zeros(2, 3, 3), TypeError, r"labels: must be an integer tensor, not torch\.float32"),
-        (torch.zeros(2, 3).bool(), TypeError, r"labels: must be an integer tensor, not torch\.bool"),
+        ([[0, 1]], TypeError, r"labels: must be an integer tensor, not \[\[0, 1\]\]"),
+        (torch.zeros(2, 3, 3), TypeError, r"must be an integer tensor, not a torch\.float32 tensor"),
+        (torch.zeros(2, 3).to(torch.uint16), TypeError, r"must be an integer tensor, not a torch\.uint16"),
+        (torch.zeros(2, 3).bool(), TypeError, r"labels: must be an integer tensor, not a torch\.bool"),
         (torch.zeros(3).long(), ValueError, r"labels of shape \(3,\): must be \(C, \*spatial\)"),
         (torch.zeros(1, 1, 1, 1, 1).long(), ValueError, r"labels of shape \(1, 1, 1, 1, 1\): must be"),
         (torch.zeros(0, 3, 3).long(), ValueError, r"labels of shape \(0, 3, 3\): must be"),

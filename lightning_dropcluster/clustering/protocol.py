@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+from lightning_dropcluster.checks import check_integers
 
 
 @runtime_checkable
@@ -35,21 +35,6 @@ class Clusterer(Protocol):
             may be empty: `settle` sees to both.
         """
         ...
-
-
-def check_integers(labels: object, what: str) -> None:
-    """Check that labels are integers.
-
-    Args:
-        labels: what should be an integer tensor.
-        what: to call them in the error.
-
-    Raises:
-        TypeError: where they are no integer tensor.
-    """
-    if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
-        kind = f"a {labels.dtype} tensor" if isinstance(labels, Tensor) else f"{labels!r}"[:80]
-        raise TypeError(f"{what}: must be an integer tensor, not {kind}")
 
 
 def check_clusterer(clusterer: object) -> None:
@@ -100,9 +85,7 @@ def settle(
         TypeError: where the labels are no integer tensor.
         ValueError: where their shape or range is wrong.
     """
-    if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
-        kind = f"a {labels.dtype} tensor" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
-        raise TypeError(f"clusterer: fit must return an integer tensor, but returned {kind}")
+    check_integers("clusterer: the labels that fit returns", labels)
     if labels.shape != profiles.shape[:2]:
         raise ValueError(
             f"clusterer: fit must return labels of shape {tuple(profiles.shape[:2])}, "

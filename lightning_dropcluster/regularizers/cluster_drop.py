@@ -1,17 +1,17 @@
 """ClusterDrop: the module that drops clusters; the callback DropCluster attaches one to each layer."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_dropcluster.clustering.protocol import check_integers
+from lightning_dropcluster.checks import check_bool, check_choice, check_integers, check_number
 from lightning_dropcluster.functional import cluster_drop, cluster_sizes, draw_keep_table
+from lightning_dropcluster.functional.masking import expected_scale
+from lightning_dropcluster.regularizers.regularizer import DropRegularizer
 
 RESCALES = ("batch", "expected")
 
-_BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1: at 1 the expected scale would be infinite
 
-
-class ClusterDrop(nn.Module):
+class ClusterDrop(DropRegularizer):
     """Drop clusters of features in training; the identity in eval mode and where drop_prob is 0.
 
     Source: DropCluster, https://arxiv.org/abs/2002.02997.
@@ -29,12 +29,12 @@ class ClusterDrop(nn.Module):
             ``"expected"`` by 1 / (1 - drop_prob).
         paired: whether the two halves of each batch are to drop other clusters, for the pairs of R-Block: see
             `draw_uniform`. Needs ``per_sample``.
-        shift: see `draw_keep_table`.
+        shift: see `Regularizer`.
         inplace: whether to overwrite the input; not under ``torch.compile``, which plans memory itself.
 
     Raises:
-        TypeError: where the labels are no integer tensor.
-        ValueError: where an argument is out of its range.
+        TypeError: where an argument has a wrong type.
+        ValueError: where it is out of its range.
 
     Example:
         >>> drop = ClusterDrop(torch.tensor([[0, 0, 1, 1]]), drop_prob=0.5)
@@ -44,7 +44,6 @@ class ClusterDrop(nn.Module):
 
     labels: Tensor
     sizes: Tensor
-    drop_prob: Tensor
 
     def __init__(
         self,
@@ -59,22 +58,24 @@ class ClusterDrop(nn.Module):
         shift: float = 0.0,
         inplace: bool = False,
     ) -> None:
-        super().__init__()
-        check_integers(labels, "labels")
-        if rescale not in RESCALES:
-            raise ValueError(f"rescale={rescale!r}: must be one of {', '.join(RESCALES)}")
+        super().__init__(drop_prob, paired=paired)
+        check_integers("labels", labels)
+        if not labels.ndim or not labels.numel():
+            raise ValueError(f"labels of shape {tuple(labels.shape)}: must be (C or 1, *spatial), not empty")
+        check_choice("rescale", rescale, RESCALES)
+        for name, value in (("per_map", per_map), ("per_sample", per_sample), ("inplace", inplace)):
+            check_bool(name, value)
         if paired and not per_sample:
             raise ValueError(f"paired=True: needs per_sample=True, got per_sample={per_sample!r}")
-        self.num_clusters = num_clusters if num_clusters is not None else int(labels.max()) + 1
+        if num_clusters is None:
+            num_clusters = int(labels.max()) + 1
+        self.num_clusters = check_number("num_clusters", num_clusters, 1, integer=True)
         self.per_map, self.per_sample, self.rescale = per_map, per_sample, rescale
-        self.paired, self.shift, self.inplace = paired, shift, inplace
-        dtype = smallest_integer_type(self.num_clusters)
-        self.register_buffer("labels", torch.zeros(labels.shape, dtype=dtype, device=labels.device))
-        exact = {"dtype": torch.float32, "device": labels.device}
-        self.register_buffer("sizes", torch.zeros(self._num_groups, self.num_clusters, **exact))
-        self.register_buffer("drop_prob", torch.zeros((), **exact))
+        self.shift, self.inplace = shift, inplace
+        self.register_buffer("labels", labels.to(smallest_integer_type(self.num_clusters), copy=True))
+        self.register_buffer("sizes", torch.zeros(self._num_groups, self.num_clusters))
+        self.to(labels.device)
         self.set_labels(labels)
-        self.set_drop_prob(drop_prob)
 
     @property
     def _num_groups(self) -> int:
@@ -108,50 +109,37 @@ class ClusterDrop(nn.Module):
         """
         return labels.shape == self.labels.shape and int(labels.max()) < self.num_clusters
 
-    def set_drop_prob(self, drop_prob: float) -> None:
-        """Set the drop probability in place.
-
-        Args:
-            drop_prob: in [0, 1).
-
-        Raises:
-            ValueError: where it is out of range.
-        """
-        if not 0.0 <= drop_prob < 1.0:
-            raise ValueError(f"drop_prob={drop_prob!r}: must be in [0, 1)")
-        self.drop_prob.fill_(min(drop_prob, _BELOW_ONE))
-
-    def forward(self, x: Tensor) -> Tensor:
+    def regularize(self, x: Tensor) -> Tensor:
         """Drop clusters of an activation.
 
         Args:
             x: (N, C, *spatial), floating point.
 
         Returns:
-            A tensor like ``x``; in eval mode ``x`` itself.
+            A tensor like ``x``.
 
         Raises:
             ValueError: where the labels have other dimensions or channels than ``x``.
         """
-        if not self.training:
-            return x
         if self.labels.ndim != x.ndim - 1 or len(self.labels) not in (1, x.shape[1]):
             raise ValueError(
                 f"labels of shape {tuple(self.labels.shape)}: do not fit activations {tuple(x.shape)}"
             )
         shape = (len(x) if self.per_sample else 1, self._num_groups, self.num_clusters)
         keep = draw_keep_table(shape, self.drop_prob, device=x.device, shift=self.shift, paired=self.paired)
-        scale = None if self.rescale == "batch" else 1.0 / (1.0 - self.drop_prob)
+        scale = None if self.rescale == "batch" else expected_scale(self.drop_prob)
         inplace = self.inplace and not torch.compiler.is_compiling()
         return cluster_drop(x, self.labels, keep, scale=scale, sizes=self.sizes, inplace=inplace)
 
-    def extra_repr(self) -> str:
-        """Return the settings, as `repr` shows them."""
-        return (
-            f"drop_prob={self.drop_prob.item():.4g}, labels={tuple(self.labels.shape)}, "
-            f"num_clusters={self.num_clusters}, per_map={self.per_map}, per_sample={self.per_sample}, "
-            f"rescale={self.rescale!r}" + (", paired=True" if self.paired else "")
-        )
+    def _settings(self) -> dict[str, object]:
+        return {
+            **super()._settings(),
+            "labels": tuple(self.labels.shape),
+            "num_clusters": self.num_clusters,
+            "per_map": self.per_map,
+            "per_sample": self.per_sample,
+            "rescale": self.rescale,
+        }
 
 
 def smallest_integer_type(num_labels: int) -> torch.dtype:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from lightning_dropcluster.checks import check_bool, check_number
 from lightning_dropcluster.functional import draw_uniform
 
+_BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1: at 1 what is kept would be scaled without end
+
 
 class Regularizer(nn.Module, ABC):
     """A module x -> x that acts at random in training and is the identity in eval mode.
@@ -103,7 +105,8 @@ class DropRegularizer(Regularizer):
             TypeError: where it is no number.
             ValueError: where it is out of range.
         """
-        self.drop_prob.fill_(check_number("drop_prob", drop_prob, 0, 1, high_open=True))
+        drop_prob = check_number("drop_prob", drop_prob, 0, 1, high_open=True)
+        self.drop_prob.fill_(min(drop_prob, _BELOW_ONE))
 
     def _settings(self) -> dict[str, object]:
         return {"drop_prob": float(f"{self.drop_prob.item():.4g}"), **super()._settings()}

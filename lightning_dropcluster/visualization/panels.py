@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_dropcluster.checks import check_integers
 from lightning_dropcluster.clustering.agreement import adjusted_rand_index
 from lightning_dropcluster.scopes import SCOPES
 
@@ -78,10 +79,7 @@ def check_labels(labels: Any) -> None:
         TypeError: if it is no integer tensor.
         ValueError: if it has another shape, or is empty.
     """
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels: must be an integer tensor (C, *spatial), not {type(labels).__name__}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels: must be an integer tensor, not {labels.dtype}")
+    check_integers("labels", labels)
     if labels.ndim not in (2, 3, 4) or labels.numel() == 0:
         raise ValueError(
             f"labels of shape {tuple(labels.shape)}: must be (C, *spatial) with 1 to 3 spatial axes"

@@ -70,9 +70,9 @@ def test_where_nothing_lives_all_share_one_cluster():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (torch.zeros(2, 3), "must return an integer tensor, but returned a torch.float32 tensor"),
-        (torch.zeros(2, 3, dtype=torch.complex64), "integer tensor, but returned a torch.complex64 tensor"),
-        ([[0, 1, 2]] * 2, "integer tensor, but returned a list"),
+        (torch.zeros(2, 3), "fit returns: must be an integer tensor, not a torch.float32 tensor"),
+        (torch.zeros(2, 3, dtype=torch.complex64), "integer tensor, not a torch.complex64 tensor"),
+        ([[0, 1, 2]] * 2, r"integer tensor, not \[\[0, 1, 2\]"),
     ],
 )
 def test_labels_that_are_no_integers_raise(labels, message):

@@ -139,7 +139,7 @@ def test_as_many_clusters_as_its_integer_type_holds(clusters):
 
 
 def test_state_goes_through_a_state_dict():
-    drop, other = ClusterDrop(LABELS, 0.4), ClusterDrop(torch.zeros_like(LABELS), 0.0, num_clusters=7)
+    drop, other = ClusterDrop(LABELS, 0.4), ClusterDrop(torch.zeros_like(LABELS), 0.4, num_clusters=7)
     other.load_state_dict(drop.state_dict())
     torch.manual_seed(2)
     out = drop(make_x())
@@ -151,8 +151,8 @@ def test_state_goes_through_a_state_dict():
     ("settings", "message"),
     [
         ({"rescale": "none"}, "rescale='none': must be one of batch, expected"),
-        ({"drop_prob": 1.0}, r"drop_prob=1.0: must be in \[0, 1\)"),
-        ({"drop_prob": -0.1}, r"drop_prob=-0.1: must be in \[0, 1\)"),
+        ({"drop_prob": 1.0}, r"drop_prob=1.0: must be a number in \[0, 1\)"),
+        ({"drop_prob": -0.1}, r"drop_prob=-0.1: must be a number in \[0, 1\)"),
         ({"drop_prob": math.nan}, "drop_prob=nan"),
         ({"num_clusters": 3}, r"labels in \[0, 6\]: must be in \[0, 3\)"),
     ],
@@ -181,3 +181,22 @@ def test_the_smallest_type_holds_the_largest_label(count, dtype):
 
 def test_repr_shows_the_settings():
     assert "drop_prob=0.15, labels=(2, 6, 6), num_clusters=7" in repr(ClusterDrop(LABELS))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"per_sample": "no"}, "per_sample='no': must be True or False"),
+        ({"per_map": 1}, "per_map=1: must be True or False"),
+        ({"inplace": None}, "inplace=None: must be True or False"),
+        ({"num_clusters": 7.5}, "num_clusters=7.5: must be an integer"),
+    ],
+)
+def test_arguments_of_a_wrong_type_raise(settings, message):
+    with pytest.raises(TypeError, match=message):
+        ClusterDrop(LABELS, **settings)
+
+
+def test_labels_of_nothing_raise():
+    with pytest.raises(ValueError, match=r"labels of shape \(2, 0\): must be \(C or 1, \*spatial\)"):
+        ClusterDrop(LABELS[:, :0, 0])

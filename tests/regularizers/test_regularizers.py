@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
-from lightning_dropcluster import REGULARIZERS, Regularizer
+from lightning_dropcluster import REGULARIZERS
 from lightning_dropcluster.functional import expected_drop_rate
 
 CHANNELS, SPATIAL = 4, (6, 8)
@@ -56,7 +56,6 @@ CASES = {
     "spatial_dropout": Case({}),
 }
 DROPPING = [name for name in CASES if hasattr(REGULARIZERS[name], "set_drop_prob")]
-PEERS = [name for name in CASES if issubclass(REGULARIZERS[name], Regularizer)]
 SIZES = [name for name in CASES if CASES[name].any_size]
 
 
@@ -167,6 +166,23 @@ class TestRegularizer:
         x = make_input()
         assert not torch.equal(seeded(first, x), seeded(second, x))
 
+    def test_state_dict_holds_what_is_learned_and_nothing_else(self, name):
+        module = make(name)
+        clusters = {"labels", "sizes"} if name == "cluster_drop" else set()
+        assert module.state_dict().keys() == dict(module.named_parameters()).keys() | clusters
+        assert bool(list(module.parameters())) == (name not in DROPPING)
+
+    def test_refuses_to_pair_an_odd_batch(self, name):
+        with pytest.raises(ValueError, match="paired=True"):
+            make(name, paired=True)(make_input(samples=3))
+
+    def test_refuses_flags_that_are_none(self, name):
+        with pytest.raises(TypeError, match="paired=1"):
+            make(name, paired=1)
+
+    def test_shows_that_it_draws_pairs(self, name):
+        assert "paired=True" in repr(make(name, paired=True))
+
 
 @pytest.mark.parametrize("name", DROPPING)
 class TestDropRegularizer:
@@ -226,35 +242,6 @@ class TestDropRegularizer:
             with pytest.raises(ValueError, match=r"drop_prob=.*: must be .*in \[0, 1\)"):
                 call(drop_prob)
 
-
-@pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("spatial", [(1,), (9,), (2, 1), (3, 4, 5)], ids=str)
-def test_takes_maps_of_any_size_and_number_of_dimensions(name, spatial):
-    x = make_input(spatial=spatial)
-    assert seeded(make(name), x).shape == x.shape
-
-
-@pytest.mark.parametrize("name", PEERS)
-class TestPeer:
-    def test_state_dict_holds_what_is_learned_and_nothing_else(self, name):
-        module = make(name)
-        assert module.state_dict().keys() == dict(module.named_parameters()).keys()
-        assert bool(module.state_dict()) == (name not in DROPPING)
-
-    def test_refuses_to_pair_an_odd_batch(self, name):
-        with pytest.raises(ValueError, match="paired=True"):
-            make(name, paired=True)(make_input(samples=3))
-
-    def test_refuses_flags_that_are_none(self, name):
-        with pytest.raises(TypeError, match="paired=1"):
-            make(name, paired=1)
-
-    def test_shows_that_it_draws_pairs(self, name):
-        assert "paired=True" in repr(make(name, paired=True))
-
-
-@pytest.mark.parametrize("name", [name for name in PEERS if name in DROPPING])
-class TestDroppingPeer:
     def test_drops_the_halves_of_a_pair_apart_and_as_much(self, name):
         x = torch.ones(2000, CHANNELS, *SPATIAL)
         module, shared = make(name, 0.3, paired=True), {}
@@ -269,6 +256,13 @@ class TestDroppingPeer:
     def test_refuses_probabilities_that_are_no_numbers(self, name, drop_prob):
         with pytest.raises(TypeError, match="drop_prob="):
             make(name, drop_prob)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("spatial", [(1,), (9,), (2, 1), (3, 4, 5)], ids=str)
+def test_takes_maps_of_any_size_and_number_of_dimensions(name, spatial):
+    x = make_input(spatial=spatial)
+    assert seeded(make(name), x).shape == x.shape
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "block_size" in CASES[name].options])
