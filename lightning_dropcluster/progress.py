@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -79,7 +79,7 @@ class Progress:
     @property
     def has_begun(self) -> bool:
         """Whether the start has been reached."""
-        return self._origin is not None
+        return self._began is not None
 
     def reset(self, has_labels: bool = False) -> None:
         """Go back to before the start.
@@ -88,7 +88,7 @@ class Progress:
             has_labels: whether there are labels already, so that the first due moment is skipped.
         """
         self._origin: int | None = None
-        self._start_fraction: float | None = None
+        self._began: tuple[int, int, int] | None = None  # epoch, step and batch of the start
         self._passed = int(has_labels)
 
     def check(self, max_epochs: int | None, max_steps: int, *, is_trial: bool = False) -> None:
@@ -132,16 +132,16 @@ class Progress:
         Returns:
             The part of drop_prob to use, in [0, 1], and whether reclustering has just become due.
         """
-        if self._origin is None:
+        if self._began is None:
             if not self._has_started(now):
                 return 0.0, False
+            self._began = now.epoch, now.step, now.batch
+        if self._origin is None:
             self._origin = now.step if self.counts_steps else now.epoch
-            if self._start_fraction is None:
-                self._start_fraction = self.start if isinstance(self.start, float) else now.fraction
         passed = intervals_passed(now.step if self.counts_steps else now.epoch, self._origin, self.every)
         is_due, self._passed = passed > self._passed, max(passed, self._passed)
         fraction = 1.0 if now.fraction is None else now.fraction
-        return ramp(self.schedule, self._start_fraction or 0.0)(fraction), is_due
+        return ramp(self.schedule, self._start_of_ramp(now))(fraction), is_due
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position as plain scalars.
@@ -152,7 +152,7 @@ class Progress:
         return {
             "origin": self._origin,
             "passed": self._passed,
-            "start_fraction": self._start_fraction,
+            "began": None if self._began is None else list(self._began),
             "every": self.every,
             "counts_steps": self.counts_steps,
         }
@@ -163,10 +163,17 @@ class Progress:
         Args:
             state: what `state_dict` returned.
         """
-        self._start_fraction = state["start_fraction"]
+        self._began = None if state["began"] is None else tuple(state["began"])
         self._origin, self._passed = None, 0
         if (state["every"], state["counts_steps"]) == (self.every, self.counts_steps):
             self._origin, self._passed = state["origin"], state["passed"]
+
+    def _start_of_ramp(self, now: TrainingPosition) -> float:
+        """The start as a fraction of training, which may have become longer since."""
+        assert self._began is not None
+        epoch, step, batch = self._began
+        began = replace(now, epoch=epoch, step=step, batch=batch).fraction or 0.0
+        return min(self.start, began) if isinstance(self.start, float) else began
 
     def _has_started(self, now: TrainingPosition) -> bool:
         if isinstance(self.start, int):

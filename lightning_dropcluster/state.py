@@ -10,7 +10,7 @@ from lightning_dropcluster.clusters import Clusters, check_shape, clusters_from_
 from lightning_dropcluster.scopes import SCOPES, Scope
 
 _ENTRIES = ("scope", "progress", "clusters", "shapes", "windows_opened", "window", "reclustering", "memory")
-_PROGRESS = ("origin", "passed", "start_fraction", "every", "counts_steps")
+_PROGRESS = ("origin", "passed", "began", "every", "counts_steps")
 
 
 def read_state(state: Any, scope: str) -> dict[str, Clusters]:
@@ -69,9 +69,11 @@ def _check_progress(progress: Any) -> None:
     for name in ("passed", "every", "origin"):
         if name != "origin" or progress[name] is not None:
             _check_count(name, progress[name])
-    fraction = progress["start_fraction"]
-    if fraction is not None and (not isinstance(fraction, int | float) or not 0.0 <= fraction <= 1.0):
-        raise ValueError(f"state_dict: start_fraction={fraction!r} must be a number in [0, 1] or None")
+    began = progress["began"]
+    if began is not None and not (
+        isinstance(began, list) and len(began) == 3 and all(type(n) is int and n >= 0 for n in began)
+    ):
+        raise ValueError(f"state_dict: began={began!r} must be None or epoch, step and batch, of at least 0")
 
 
 def _check_count(name: str, count: Any) -> None:

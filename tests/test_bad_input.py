@@ -271,9 +271,9 @@ def test_a_trainer_without_a_train_dataloader():
         (lambda s: s.update(progress=3), TypeError, r"state_dict\['progress'\]: must be a mapping, not int"),
         (lambda s: s["progress"].update(passed=-1), ValueError, "passed=-1 must be an integer of at least 0"),
         (
-            lambda s: s["progress"].update(start_fraction=2),
+            lambda s: s["progress"].update(began=2),
             ValueError,
-            r"start_fraction=2 must be a number in \[",
+            r"began=2 must be None or epoch, step and batch",
         ),
         (lambda s: s.update(windows_opened=None), ValueError, "windows_opened=None must be an integer"),
         (lambda s: s["clusters"].update(a=1), ValueError, "layer 'a': must hold 'table' and 'shape'"),

@@ -221,6 +221,23 @@ def test_a_training_continued_with_more_epochs_keeps_its_due_moments():
     assert [epoch for epoch in range(4, 12) if due[epoch - 4]] == [4, 6, 8, 10]
 
 
+@pytest.mark.parametrize("start", [0.5, 2])
+@pytest.mark.parametrize("unit", ["epochs", "steps"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_training_continued_for_longer_goes_on_with_the_ramp_from_where_it_began(start, unit, resumed):
+    def positions(moments, limit):
+        limits = (limit, -1) if unit == "epochs" else (-1, limit)
+        return [TrainingPosition(moment, moment, 0, 1, *limits) for moment in moments]
+
+    progress = Progress(start, linear(), every_n_epochs=0)
+    walk(progress, positions(range(4), 4))
+    if resumed:
+        state, progress = json.loads(json.dumps(progress.state_dict())), Progress(start, linear(), 0)
+        progress.load_state_dict(state)
+    shares = [share for share, _ in walk(progress, positions(range(4, 13), 12))]
+    assert shares == pytest.approx([(moment - 2) / 10 for moment in range(4, 13)])
+
+
 @pytest.mark.parametrize("start", [1.0, -0.1, 7.5, float("nan"), -1])
 def test_a_start_out_of_its_range_is_refused(start):
     with pytest.raises(ValueError, match=f"start={start!r}: must be"):
@@ -292,7 +309,8 @@ def test_numbers_of_numpy_become_plain_ones(start):
     progress.advance(
         TrainingPosition(epoch=2, step=8, batch=0, batches_per_epoch=4, max_epochs=4, max_steps=-1)
     )
-    assert {type(value) for value in progress.state_dict().values()} <= {int, float, bool}
+    entries = progress.state_dict()
+    assert {type(value) for value in (*entries.values(), *entries["began"])} == {int, bool, list}
 
 
 def test_with_another_interval_a_resumed_run_reclusters_at_once_and_keeps_its_ramp():

@@ -27,7 +27,7 @@ def good_state() -> dict:
         "progress": {
             "origin": 2,
             "passed": 3,
-            "start_fraction": 0.25,
+            "began": [2, 10, 0],
             "every": 5,
             "counts_steps": False,
         },
@@ -91,9 +91,8 @@ def test_the_state_of_a_callback_that_has_not_trained_is_taken(scope):
         ("windows_opened", 0),
         ("progress.origin", None),
         ("progress.passed", 0),
-        ("progress.start_fraction", None),
-        ("progress.start_fraction", 0),
-        ("progress.start_fraction", 1.0),
+        ("progress.began", None),
+        ("progress.began", [0, 0, 0]),
         ("entry of a later version", 1),
     ],
 )
@@ -117,7 +116,7 @@ def test_all_missing_entries_are_named():
         read_state({}, "map")
 
 
-@pytest.mark.parametrize("entry", ["origin", "passed", "start_fraction", "every", "counts_steps"])
+@pytest.mark.parametrize("entry", ["origin", "passed", "began", "every", "counts_steps"])
 def test_a_missing_entry_of_the_progress_is_named(entry):
     with pytest.raises(ValueError, match=rf"^state_dict\['progress'\]: {entry} missing"):
         read_state(altered(f"progress.{entry}", MISSING), "map")
@@ -180,11 +179,11 @@ def test_only_the_origin_may_be_none(path):
         read_state(altered(path, None), "map")
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf"), "0.5"])
-def test_a_faulty_start_fraction_is_named(value):
-    message = re.escape(f"state_dict: start_fraction={value!r} must be a number in [0, 1]")
+@pytest.mark.parametrize("value", [0.25, [1, 2], [1, 2, -1], [1, 2, 0.5], [True, 0, 0], "123"])
+def test_a_faulty_beginning_is_named(value):
+    message = re.escape(f"state_dict: began={value!r} must be None or epoch, step and batch, of at least 0")
     with pytest.raises(ValueError, match=message):
-        read_state(altered("progress.start_fraction", value), "map")
+        read_state(altered("progress.began", value), "map")
 
 
 @pytest.mark.parametrize(
