@@ -141,7 +141,7 @@ def clustered(
         per_sample=True,
         rescale="batch",
     )
-    layers.attach(model, modules, device)
+    layers.attach(modules, device)
     layers.begin_step(0.0)
     step()
     layers.open_window()

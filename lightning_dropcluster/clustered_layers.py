@@ -99,11 +99,10 @@ class ClusteredLayers:
         self._warned.clear()
         self._is_owed = False
 
-    def attach(self, root: nn.Module, modules: Mapping[str, nn.Module], device: torch.device) -> None:
+    def attach(self, modules: Mapping[str, nn.Module], device: torch.device) -> None:
         """Hook the layers; a window that came to no labels before the last `detach` is opened again.
 
         Args:
-            root: the model that holds them.
             modules: name to layer.
             device: where the model is.
 
@@ -115,7 +114,7 @@ class ClusteredLayers:
         self._gatherings = {name: Gathering() for name in modules}
         for name in self._gatherings.keys() & self.clusters.keys():
             self._bind(name)
-        self._injection = Injection(self._modules, self._gatherings).attach(root)
+        self._injection = Injection(self._modules, self._gatherings).attach()
         if self._is_owed:
             self.window = self._make_window()
 
@@ -140,6 +139,11 @@ class ClusteredLayers:
             self.window.close()
         self.windows_opened += 1
         self.window, self._is_owed = self._make_window(), True
+
+    def open_missed_window(self) -> None:
+        """Start to gather where a layer has no clusters; for a training that goes on after the start."""
+        if self._gatherings.keys() - self.clusters.keys():
+            self.open_window()
 
     def begin_step(self, drop_prob: float) -> float:
         """Set what the hooks do in the coming step.
@@ -398,4 +402,5 @@ class ClusteredLayers:
 
 def _may_overwrite_output(layer: nn.Module) -> bool:
     """A conv's backward pass does not need its output, nor does anybody else if no other hook saw it."""
-    return type(layer) in CONV_LAYERS and len(layer._forward_hooks) == 1 and not _global_forward_hooks
+    is_a_conv = type(layer) in CONV_LAYERS and "forward" not in vars(layer)
+    return is_a_conv and len(layer._forward_hooks) == 1 and not _global_forward_hooks

@@ -1,5 +1,6 @@
 """Injection: run modules x -> x on the outputs of chosen layers, and leave nothing behind."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,19 +54,16 @@ class Injection:
         """Whether the hooks are on the layers."""
         return bool(self._handles)
 
-    def attach(self, root: nn.Module | None = None) -> "Injection":
+    def attach(self) -> "Injection":
         """Put the hooks on the layers; nothing happens where they are on already.
 
-        Args:
-            root: the model that holds the layers. If any part of it is compiled, Dynamo is reset, since
-                compiled code does not notice new hooks.
+        What ``torch.compile`` has compiled so far is compiled anew, since it would not notice the hooks.
 
         Returns:
             Itself, for use in a ``with`` statement.
         """
         if not self.attached:
-            if root is not None and is_compiled(root):
-                torch._dynamo.reset()
+            _forget_compiled_code()
             for hook in self._hooks.values():
                 hook.fired = False
             self._handles = [
@@ -106,7 +104,8 @@ def silence(silent: list[str]) -> RuntimeError | None:
         return None
     return RuntimeError(
         f"layers: {', '.join(map(repr, silent))} did not run in any training step so far; "
-        "choose layers whose forward the training step calls"
+        "choose layers whose forward the training step calls (gradient checkpointing in timm calls the blocks "
+        "of a stage, not the stage)"
     )
 
 
@@ -146,19 +145,10 @@ class _CopiedHook:
         return None
 
 
-def is_compiled(root: nn.Module) -> bool:
-    """Whether ``torch.compile`` has been applied to a model or a part of it.
-
-    Args:
-        root: the model.
-
-    Returns:
-        True where a module in it is compiled, or a LightningModule was compiled before ``fit``.
-    """
-    return getattr(root, "_compiler_ctx", None) is not None or any(
-        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-        for module in root.modules()
-    )
+def _forget_compiled_code() -> None:
+    """Have everything compiled anew: compiled code does not notice new hooks, and anybody may hold some."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def _describe(output: Any) -> str:

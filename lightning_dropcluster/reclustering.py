@@ -85,6 +85,9 @@ class Reclustering:
             labels = {name: torch.zeros_like(whole) for name, whole in labels.items()}
         return cls(shapes, lambda: labels, wait_steps=state["wait_steps"], in_background=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Reclustering.from_state, (self.state_dict(), torch.device("cpu"))  # threads are not copied
+
     def state_dict(self) -> dict[str, Any]:
         """Wait for the labels and return them for a checkpoint; for a single process only.
 

@@ -61,11 +61,10 @@ class RegularizedLayers:
                     weight = next(layer.parameters(), torch.empty(0))
                     layer.add_module(LEARNED_CHILD, regularizer.to(weight.device))
 
-    def attach(self, root: nn.Module, modules: Mapping[str, nn.Module], device: torch.device) -> None:
+    def attach(self, modules: Mapping[str, nn.Module], device: torch.device) -> None:
         """Hook the layers; those whose regulariser was forgotten get a new one.
 
         Args:
-            root: the model that holds them.
             modules: name to layer.
             device: where the model is.
 
@@ -86,7 +85,7 @@ class RegularizedLayers:
                 if isinstance(part, Regularizer):
                     part.shift = 0.618 * ranks.rank() % 1.0  # ranks that are seeded alike must not drop alike
             self._switches[name] = Switch(regularizer.to(device))
-        self._injection = Injection(modules, self._switches).attach(root)
+        self._injection = Injection(modules, self._switches).attach()
 
     def detach(self) -> None:
         """Take every hook off; nothing happens where that is done."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 from lightning_dropcluster.reclustering import OnProgress
@@ -44,6 +45,9 @@ class WaitingLine:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return nullcontext, ()  # copies of a callback in mid-training show nothing: the bar has one line
 
     def _note(self, layer: str, share: float) -> None:
         self._layer, self._share = layer, share

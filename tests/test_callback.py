@@ -165,6 +165,32 @@ def test_two_instances_work_side_by_side(loader, tmp_path):
     trainer.save_checkpoint(tmp_path / "both.ckpt")
 
 
+def test_layer_types_tell_two_instances_with_one_pattern_apart(loader, tmp_path):
+    convs, activations = make_callback("layer1.**"), make_callback("layer1.**", layer_types=nn.ReLU)
+    trainer = make_trainer(convs, activations)
+    trainer.fit(Classifier(), loader)
+    assert convs.labels
+    assert activations.labels
+    trainer.save_checkpoint(tmp_path / "both.ckpt")
+    again = make_callback("layer1.**", layer_types=[nn.ReLU])
+    with pytest.warns(UserWarning, match="Be aware that when using `ckpt_path`"):
+        make_trainer(again, max_epochs=5).fit(Classifier(), loader, ckpt_path=tmp_path / "both.ckpt")
+    assert again.labels.keys() == activations.labels.keys()
+
+
+@pytest.mark.parametrize("overlap_steps", [0, 3])
+def test_a_copy_taken_in_mid_training_goes_on_by_itself(loader, overlap_steps):
+    callback, copies = make_callback(start=0.0, overlap_steps=overlap_steps), []
+    make_trainer(callback, At(lambda *_: copies.append(copy.deepcopy((callback, module))))).fit(
+        module := Classifier(), loader
+    )
+    assert count_hooks(module) == 0
+    twin, model = copies[9]
+    twin.detach()
+    make_trainer(twin).fit(model, loader)
+    assert twin.labels.keys() == callback.labels.keys()
+
+
 def test_a_second_fit_starts_afresh_and_a_continued_one_goes_on(loader):
     callback, module = make_callback(), Classifier()
     trainer = make_trainer(callback, max_epochs=2)
@@ -649,6 +675,27 @@ def test_a_convs_own_output_is_overwritten_only_where_no_other_hook_sees_it(load
     with handle:
         make_trainer(callback, Watch()).fit(module, loader)
     assert pointers == {not watched}
+
+
+def test_an_input_that_a_layer_hands_on_is_not_written_into(loader):
+    """As of a conv that somebody has switched off by another forward."""
+
+    class Skips(Classifier):
+        def __init__(self):
+            super().__init__(nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)]))
+            self.model[1].forward = lambda x: x
+            self.changed = []
+
+        def training_step(self, batch, batch_idx):
+            x = self.model[0](batch[0])
+            before = x.detach().clone()
+            both = x + self.model[1](x)
+            self.changed.append(not torch.equal(x, before))
+            return nn.functional.cross_entropy(self.model[2](both.mean((2, 3))), batch[1])
+
+    module = Skips()
+    make_trainer(make_callback("model.1", start=0.0, schedule="constant")).fit(module, loader)
+    assert not any(module.changed)
 
 
 def test_a_compiled_fit_gives_the_numbers_of_an_eager_one(loader):

@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from fits import count_hooks
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from lightning_dropcluster.injection import Injection, is_compiled
+from lightning_dropcluster.injection import Injection
 
 
 class Negate(nn.Module):
@@ -355,7 +355,11 @@ def compile_outside(holder: Holder) -> nn.Module:
     return torch.compile(holder, backend="eager")
 
 
-COMPILES = [compile_child, compile_child_in_place, compile_in_place, compile_outside]
+def compile_function(holder: Holder) -> Callable[[Tensor], Tensor]:
+    return torch.compile(lambda x: holder(x), backend="eager")
+
+
+COMPILES = [compile_child, compile_child_in_place, compile_in_place, compile_outside, compile_function]
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -364,7 +368,7 @@ def test_compiled_code_that_has_run_notices_a_hook_and_its_removal(compiled):
     layer, x = nn.Conv2d(3, 4, 3), images()
     model = compiled(Holder(nn.Sequential(layer)))
     plain = model(x)
-    injection = Injection({"conv": layer}, {"conv": Scale()}).attach(model)
+    injection = Injection({"conv": layer}, {"conv": Scale()}).attach()
     assert torch.equal(model(x), -2 * plain)
     assert injection.silent() == []
     injection.detach()
@@ -375,30 +379,7 @@ def test_compiled_code_that_has_run_notices_a_hook_and_its_removal(compiled):
 def test_steps_with_a_hook_compile_once():
     counter, layer = CompileCounter(), nn.Conv2d(3, 4, 3)
     model = Holder(torch.compile(nn.Sequential(layer), backend=counter))
-    with Injection({"conv": layer}, {"conv": Scale()}).attach(model):
+    with Injection({"conv": layer}, {"conv": Scale()}).attach():
         for _ in range(4):
             model(images())
     assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("compiled", COMPILES)
-def test_a_model_with_a_compiled_part_is_compiled(compiled):
-    assert is_compiled(compiled(Holder(make_net())))
-
-
-def test_a_model_unpacked_from_a_compiled_one_by_lightning_is_compiled():
-    net = make_net()
-    net._compiler_ctx = {"compiler": "dynamo"}
-    assert is_compiled(net)
-
-
-def test_a_plain_model_is_not_compiled():
-    assert not is_compiled(Holder(make_net()))
-
-
-@pytest.mark.parametrize(("wrap", "resets"), [(lambda holder: holder, 0), (compile_child, 1)])
-def test_dynamo_is_reset_once_and_only_for_a_compiled_model(monkeypatch, wrap, resets):
-    net, calls = make_net(), []
-    monkeypatch.setattr("torch._dynamo.reset", lambda: calls.append(1))
-    inject(net, "0").attach(wrap(Holder(net))).attach(wrap(Holder(net)))
-    assert len(calls) == resets

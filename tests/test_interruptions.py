@@ -39,6 +39,34 @@ class Turns(Classifier):
         )
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_labels_lost_to_an_early_checkpoint_are_learned_again(loader, tmp_path):
+    """A test of an early checkpoint brings its labels, none, into a training that goes on after the start."""
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    callback, module = make_callback(start=1, num_samples=8, every_n_epochs=0), Classifier()
+    trainer = make_trainer(callback, saver, enable_checkpointing=True, max_epochs=3)
+    trainer.fit(module, loader)
+    trainer.test(module, loader, ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    assert not callback.labels
+    trainer.fit_loop.max_epochs = 5
+    trainer.fit(module, loader)
+    assert callback.labels
+
+
+def test_a_layer_without_clusters_gets_them_in_a_resumed_training(loader, tmp_path):
+    options = {"layers": ["model.conv1", "aux"], "num_samples": 16, "every_n_epochs": 0}
+    trainer = make_trainer(make_callback(**options), max_epochs=2)
+    trainer.fit(Turns(), loader)
+    trainer.save_checkpoint(tmp_path / "whole.ckpt")
+    checkpoint = torch.load(tmp_path / "whole.ckpt", weights_only=True)
+    for state in checkpoint["callbacks"].values():
+        del state["clusters"]["aux"]
+    torch.save(checkpoint, tmp_path / "partial.ckpt")
+    callback = make_callback(**options)
+    make_trainer(callback, max_epochs=4).fit(Turns(), loader, ckpt_path=tmp_path / "partial.ckpt")
+    assert set(callback.labels) == {"model.conv1", "aux"}
+
+
 @pytest.mark.parametrize("options", [{"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}])
 def test_a_checkpoint_from_the_last_validation_of_an_epoch_is_resumed(loader, tmp_path, options):
     saver = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}")
@@ -219,7 +247,7 @@ def test_awaited_labels_of_layers_that_are_gone_are_passed_over(loader, tmp_path
     assert set(state["reclustering"]["labels"]) == {"model.conv1", "model.layer1.0.conv1"}
     model = Classifier()
     del model.model.layer1[0].conv1
-    callback._layers.attach(model, {"model.conv1": model.model.conv1}, torch.device("cpu"))
+    callback._layers.attach({"model.conv1": model.model.conv1}, torch.device("cpu"))
     callback._layers.load_state_dict({}, state)
     assert set(callback._layers.finish()) == {"model.conv1"}
 

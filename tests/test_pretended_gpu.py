@@ -103,7 +103,7 @@ def make_step(model: nn.Module, *, gathers: bool) -> ClusteredLayers:
         per_sample=True,
         rescale="batch",
     )
-    layers.attach(model, select_layers(model, "layer*.*.conv2"), torch.device("cpu"))
+    layers.attach(select_layers(model, "layer*.*.conv2"), torch.device("cpu"))
     layers.open_window()
     while not layers.end_step():
         layers.begin_step(0.0)

@@ -417,7 +417,7 @@ def test_a_regulariser_registered_before_the_ranks_exist_draws_unlike_on_each(lo
     callback, module = StructuredDropout("conv1", "advanced_dropout"), Classifier()
     callback.register(module)
     monkeypatch.setattr(ranks, "rank", lambda: 1)  # as in a spawned process
-    callback._layers.attach(module, {"model.conv1": module.model.conv1}, torch.device("cpu"))
+    callback._layers.attach({"model.conv1": module.model.conv1}, torch.device("cpu"))
     assert callback.regularizers["model.conv1"].shift == 0.618
 
 

@@ -201,6 +201,8 @@ class LayerCallback(_Base):
             p if isinstance(p, str) else getattr(p, "__qualname__", type(p).__name__)
             for p in check_patterns(self.layers)
         ]
+        if self.layer_types is not None:
+            settings["layer_types"] = [kind.__qualname__ for kind in check_layer_types(self.layer_types)]
         return self._generate_state_key(layers=patterns, **settings)
 
     # What subclasses say

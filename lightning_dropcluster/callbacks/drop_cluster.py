@@ -177,6 +177,7 @@ class DropCluster(LayerCallback):
     def labels(self) -> dict[str, Tensor]:
         """The cluster of each feature: layer name to int64 labels (C, *spatial); empty before the first.
 
+        They are those of the checkpoint that was loaded last, be it by ``fit``, ``test`` or ``predict``.
         With ``strategy="ddp_spawn"`` they stay in the spawned processes, since Lightning brings nothing of a
         callback back: read them from a checkpoint, as ``initial_labels`` does.
         """
@@ -189,10 +190,16 @@ class DropCluster(LayerCallback):
 
     @property
     def state_key(self) -> str:
-        """What a checkpoint files this callback's state under: equal for equal layers and scope."""
+        """What a checkpoint files this state under: equal for equal layers, layer types and scope."""
         return self._key(scope=self.scope)
 
     # When things happen
+
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Learn clusters at once where training goes on after the start with layers that have none."""
+        super().on_train_start(trainer, pl_module)
+        if self._progress.has_begun:
+            self._layers.open_missed_window()
 
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
@@ -231,7 +238,7 @@ class DropCluster(LayerCallback):
             first = {name: c for name, c in self._first_clusters.items() if name in self._hooked}
             self._layers.reset(first)
             self._progress.reset(has_labels=len(first) == len(self._hooked))
-        self._layers.attach(pl_module, self._hooked, pl_module.device)
+        self._layers.attach(self._hooked, pl_module.device)
         if trainer.is_global_zero:
             self._layers.waiting = WaitingLine(trainer.progress_bar_callback)
 
@@ -267,12 +274,8 @@ class DropCluster(LayerCallback):
         """
         used = self.drop_prob if drop_prob is None else drop_prob
         used = check_number("drop_prob", used, 0, 1, high_open=True)
-        sampler = self._layers.make_sampler(model, used)
-        try:
-            sampler.attach(model)
+        with self._layers.make_sampler(model, used):
             yield model
-        finally:
-            sampler.detach()
 
     # Checkpoints
 

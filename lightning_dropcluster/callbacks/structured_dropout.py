@@ -124,7 +124,7 @@ class StructuredDropout(LayerCallback):
         if trainer.global_step == 0 and self._loaded is None:
             self._reset()
             self._layers.forget(self._hooked)
-        self._layers.attach(pl_module, self._hooked, pl_module.device)
+        self._layers.attach(self._hooked, pl_module.device)
         for regularizer in self._layers.regularizers.values():
             self._check_settings(regularizer)
         if not self._layers.are_steered:
