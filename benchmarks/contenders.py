@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lightning_dropcluster.clustering import FaissKMeans, TorchKMeans, Ward
 from lightning_dropcluster.clustering.protocol import Clusterer
-from lightning_dropcluster.reclustering import Grouping, cluster_share
+from lightning_dropcluster.reclustering import cluster_share
+from lightning_dropcluster.scopes import Grouping
 from lightning_dropcluster.sketch import Sketch
 
 SKLEARN = "scikit-learn KMeans, exact profiles"

@@ -24,7 +24,7 @@ from torch.profiler import profile
 from lightning_dropcluster import ClusterDrop, FaissKMeans, select_layers
 from lightning_dropcluster.clustered_layers import ClusteredLayers
 from lightning_dropcluster.injection import Injection
-from lightning_dropcluster.reclustering import Grouping
+from lightning_dropcluster.scopes import Grouping
 from lightning_dropcluster.sketch import Sketch
 
 MODELS = (

@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from lightning_dropcluster.clustering import FaissKMeans
-from lightning_dropcluster.reclustering import Grouping, cluster_share
+from lightning_dropcluster.reclustering import cluster_share
+from lightning_dropcluster.scopes import Grouping
 from lightning_dropcluster.sketch import Sketch
 from lightning_dropcluster.window import merge_over_ranks
 

@@ -13,16 +13,15 @@ from torch.nn.modules.module import _global_forward_hooks
 
 from lightning_dropcluster import ranks
 from lightning_dropcluster.clustering import Clusterer, adjusted_rand_index
-from lightning_dropcluster.clustering.protocol import count_clusters, settle
+from lightning_dropcluster.clustering.protocol import count_clusters
 from lightning_dropcluster.clusters import Clusters, check_channels, smallest_table
 from lightning_dropcluster.functional import cluster_sizes
 from lightning_dropcluster.injection import Injection, silence
 from lightning_dropcluster.layers import CONV_LAYERS, find_layers
 from lightning_dropcluster.memory import ProfileMemory
-from lightning_dropcluster.reclustering import Grouping, OnProgress, Reclustering, cluster_share
+from lightning_dropcluster.reclustering import OnProgress, Reclustering, cluster_share
 from lightning_dropcluster.regularizers import ClusterDrop, Gathering
-from lightning_dropcluster.scopes import SCOPES, Scope, Shape
-from lightning_dropcluster.sketch import Sketch
+from lightning_dropcluster.scopes import SCOPES, Grouping, Scope, Shape
 from lightning_dropcluster.window import GatheringWindow
 
 Report = dict[str, float]
@@ -210,17 +209,6 @@ class ClusteredLayers:
             Their names, in order.
         """
         return [n for n, g in self._gatherings.items() if g.shape is None and self._modules[n].training]
-
-    def try_clusterer(self) -> None:
-        """Let the clusterer solve a tiny problem, so that a faulty one fails now and not in mid-training.
-
-        Raises:
-            Exception: what the clusterer raises, or `settle` finds wrong.
-        """
-        sketch = Sketch((4, 3, 4), scope=self.scope.name, num_samples=8)
-        sketch.update(torch.randn(8, 4, 3, 4, generator=torch.Generator().manual_seed(0)))
-        grid, profiles = self.scope.grid(sketch.shape), sketch.profiles()
-        settle(self.clusterer.fit(profiles, 3, init_labels=None, grid=grid), profiles, 3, grid)
 
     def make_sampler(self, model: nn.Module, drop_prob: float) -> Injection:
         """Make hooks that drop the clusters in eval mode too, with a draw for each sample.

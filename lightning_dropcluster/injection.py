@@ -104,8 +104,8 @@ def silence(silent: list[str]) -> RuntimeError | None:
         return None
     return RuntimeError(
         f"layers: {', '.join(map(repr, silent))} did not run in any training step so far; "
-        "choose layers whose forward the training step calls (gradient checkpointing in timm calls the blocks "
-        "of a stage, not the stage)"
+        "choose layers whose forward the training step calls (gradient checkpointing in timm calls the "
+        "blocks of a stage, not the stage)"
     )
 
 

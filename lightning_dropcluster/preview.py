@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dropcluster.checks import check_choice, check_not_both, check_number
+from lightning_dropcluster.checks import check_number
 from lightning_dropcluster.layers import LayerTypes, Pattern, select_layers
-from lightning_dropcluster.reclustering import Grouping
-from lightning_dropcluster.scopes import SCOPES, Shape
+from lightning_dropcluster.scopes import SCOPES, Grouping, Shape
 from lightning_dropcluster.sketch import Sketch
 from lightning_dropcluster.suggestions import Call, stage_ends, suggest_patterns, suggest_stages
 
@@ -150,7 +149,7 @@ def preview(
         ────────────────────────────────────────────────────
         1 layer                      8,192       512  2.2 MB
     """
-    grouping = _check(num_clusters, cluster_size, scope)
+    grouping = Grouping(scope, num_clusters, cluster_size)
     sizes = {
         "num_samples": check_number("num_samples", num_samples, 1, integer=True),
         "sketch_dim": check_number("sketch_dim", sketch_dim, 1, integer=True),
@@ -192,16 +191,6 @@ def _describe(
         num_clusters=grouping.clusters_for(shape),
         sketch_bytes=sum(buffer.nbytes for buffer in sketch.buffers()),
     )
-
-
-def _check(num_clusters: int | None, cluster_size: float | None, scope: str) -> Grouping:
-    check_choice("scope", scope, SCOPES)
-    check_not_both("num_clusters", num_clusters, "cluster_size", cluster_size)
-    if num_clusters is not None:
-        num_clusters = check_number("num_clusters", num_clusters, 1, integer=True)
-    if cluster_size is not None:
-        cluster_size = check_number("cluster_size", cluster_size, 1)
-    return Grouping(scope, num_clusters, cluster_size or 16.0)
 
 
 def _trace(module: nn.Module, picked: Mapping[str, nn.Module], example_input: Any) -> list[Call]:

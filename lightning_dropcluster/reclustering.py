@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,44 +12,12 @@ from torch import Tensor
 from lightning_dropcluster import ranks
 from lightning_dropcluster.clustering.protocol import Clusterer, append_positions, settle
 from lightning_dropcluster.memory import ProfileMemory
-from lightning_dropcluster.scopes import SCOPES, Shape
+from lightning_dropcluster.scopes import Grouping, Shape
 from lightning_dropcluster.sketch import Sketch
-
-MAX_LAYER_CLUSTERS = 4096
 
 Work = Callable[[], dict[str, Tensor]]
 OnProgress = Callable[[str, float], None]
 """Takes the layer whose turn it is, and the share of all features that is done, in [0, 1)."""
-
-
-@dataclass(frozen=True)
-class Grouping:
-    """How many clusters of what: the settings that turn a layer's shape into clustering problems.
-
-    Args:
-        scope: a name of `SCOPES`.
-        num_clusters: clusters per problem, or ``None`` to go by ``cluster_size``.
-        cluster_size: mean number of items per cluster.
-        position_weight: see `append_positions`; 0 leaves positions out.
-    """
-
-    scope: str = "map"
-    num_clusters: int | None = None
-    cluster_size: float = 16.0
-    position_weight: float = 0.0
-
-    def clusters_for(self, shape: Shape) -> int:
-        """Return K for a layer.
-
-        Args:
-            shape: (C, *spatial).
-
-        Returns:
-            At least 1, at most the number of items, and at most 4,096 where the scope is the whole layer.
-        """
-        items = SCOPES[self.scope].problems(shape)[1]
-        wanted = self.num_clusters or max(1, round(items / self.cluster_size))
-        return min(wanted, items, MAX_LAYER_CLUSTERS if self.scope == "layer" else items)
 
 
 class Reclustering:
@@ -174,6 +142,23 @@ def cluster_share(
                 error.add_note(f"while reclustering layer {name!r}")
                 raise
     return shares
+
+
+def try_clusterer(clusterer: Clusterer, grouping: Grouping) -> None:
+    """Let a clusterer solve a tiny problem, cold and warm, so that a faulty one fails now, not later.
+
+    Args:
+        clusterer: whom to try.
+        grouping: how it will be asked, but for the number of clusters.
+
+    Raises:
+        Exception: what the clusterer raises, or `settle` finds wrong.
+    """
+    sketch = Sketch((4, 3, 4), scope=grouping.scope, num_samples=8)
+    sketch.update(torch.randn(8, 4, 3, 4, generator=torch.Generator().manual_seed(0)))
+    few = replace(grouping, num_clusters=3)
+    labels = _cluster(sketch, sketch.profiles(), None, clusterer, few)
+    _cluster(sketch, sketch.profiles(), labels, clusterer, few)
 
 
 def _cluster(

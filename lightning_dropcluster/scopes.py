@@ -1,4 +1,4 @@
-"""Scopes: what is grouped together, and so what a profile, a problem and a label table look like."""
+"""Scopes: what is grouped together, and so what profiles, problems and label tables look like; how many."""
 
 import math
 from collections.abc import Callable
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lightning_dropcluster.checks import check_choice, check_not_both, check_number
 
 Shape = tuple[int, ...]
 """A layer's output shape without the batch: (C, *spatial)."""
@@ -102,3 +104,52 @@ SCOPES: dict[str, Scope] = {
 }
 """The scopes by name: ``map`` (features within each map, as in the paper), ``position`` (one partition of the
 positions for all maps), ``layer`` (all features together), ``channel`` (whole maps)."""
+
+_CLUSTER_SIZE = 16.0
+_MAX_LAYER_CLUSTERS = 4096
+_MAX_INT = 2**31 - 1  # FAISS counts in C's int
+_MAX_POSITION_WEIGHT = 1e6  # where squares overflow, FAISS ends the process
+
+
+@dataclass
+class Grouping:
+    """How many clusters of what: the settings that turn a layer's shape into clustering problems.
+
+    Args:
+        scope: a name of `SCOPES`.
+        num_clusters: clusters per problem, at most 4,096 where the scope is the whole layer; or
+        cluster_size: mean number of items per cluster, at least 1. 16 when neither is given.
+        position_weight: see `append_positions`; 0 leaves positions out.
+
+    Raises:
+        TypeError: where a number has a wrong type.
+        ValueError: where an argument is out of its range.
+    """
+
+    scope: str = "map"
+    num_clusters: int | None = None
+    cluster_size: float | None = None
+    position_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("scope", self.scope, SCOPES)
+        check_not_both("num_clusters", self.num_clusters, "cluster_size", self.cluster_size)
+        if self.num_clusters is not None:
+            most = _MAX_LAYER_CLUSTERS if self.scope == "layer" else _MAX_INT
+            self.num_clusters = check_number("num_clusters", self.num_clusters, 1, most, integer=True)
+        if self.cluster_size is not None:
+            self.cluster_size = check_number("cluster_size", self.cluster_size, 1)
+        self.position_weight = check_number("position_weight", self.position_weight, 0, _MAX_POSITION_WEIGHT)
+
+    def clusters_for(self, shape: Shape) -> int:
+        """Return K for a layer.
+
+        Args:
+            shape: (C, *spatial).
+
+        Returns:
+            At least 1, at most the number of items, and at most 4,096 where the scope is the whole layer.
+        """
+        items = SCOPES[self.scope].problems(shape)[1]
+        wanted = self.num_clusters or max(1, round(items / (self.cluster_size or _CLUSTER_SIZE)))
+        return min(wanted, items, _MAX_LAYER_CLUSTERS if self.scope == "layer" else items)

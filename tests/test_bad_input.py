@@ -39,6 +39,23 @@ class Returns:
         return self.make(profiles, num_clusters)
 
 
+class OnlyCold:
+    """A clusterer that fails later: at its first warm start."""
+
+    def fit(self, profiles, num_clusters, init_labels=None, grid=None):
+        if init_labels is not None:
+            raise RuntimeError("cannot start from labels")
+        return torch.zeros(profiles.shape[:2], dtype=torch.int64)
+
+
+class OnlyUnitLengths:
+    """A clusterer that no positions may be appended for."""
+
+    def fit(self, profiles, num_clusters, init_labels=None, grid=None):
+        torch.testing.assert_close(profiles.norm(dim=2), torch.ones(profiles.shape[:2]))
+        return torch.zeros(profiles.shape[:2], dtype=torch.int64)
+
+
 # What is passed, the exception, and what its message says: the argument with the value, and the rule.
 ARGUMENTS = [
     ({"layers": ""}, ValueError, "layers=''", "must not be empty"),
@@ -60,6 +77,7 @@ ARGUMENTS = [
     ({"num_clusters": 0}, ValueError, "num_clusters=0", "an integer in [1, "),
     ({"num_clusters": 2.5}, TypeError, "num_clusters=2.5", "an integer in [1, "),
     ({"num_clusters": 5000, "scope": "layer"}, ValueError, "num_clusters=5000", "in [1, 4096]"),
+    ({"num_clusters": 2**40}, ValueError, "num_clusters=1099511627776", "in [1, "),
     ({"cluster_size": 0.5}, ValueError, "cluster_size=0.5", "at least 1"),
     ({"cluster_size": INF}, ValueError, "cluster_size=inf", "at least 1"),
     ({"scope": "maps"}, ValueError, "scope='maps'", "one of map, position, layer, channel"),
@@ -173,6 +191,8 @@ FITS = [
         "clusterer: fit must return labels of shape (4, 12)",
         "but returned (4,)",
     ),
+    ({"clusterer": OnlyCold()}, Classifier, RuntimeError, "cannot start from labels"),
+    ({"clusterer": OnlyUnitLengths(), "position_weight": 1.0}, Classifier, AssertionError, "not close"),
     (
         {"clusterer": Returns(lambda p, k: torch.full(p.shape[:2], k))},
         Classifier,
@@ -334,11 +354,14 @@ def test_a_checkpoint_without_labels_is_no_source_of_labels(tmp_path):
             ValueError,
             r"\[3, 3\]: must be in \[0, 2\)",
         ),
-        (lambda: FaissKMeans(max_iter=0), ValueError, "max_iter=0: must be at least 1"),
-        (lambda: FaissKMeans(tolerance=NAN), ValueError, "tolerance=nan: must be at least 0"),
-        (lambda: FaissKMeans(min_share=0.9), ValueError, r"min_share=0.9: must be in \[0, 0.5\]"),
-        (lambda: FaissKMeans(max_share=1.5), ValueError, "max_share=1.5: must be at least 2"),
-        (lambda: FaissKMeans(max_share=NAN), ValueError, "max_share=nan: must be at least 2"),
+        (lambda: FaissKMeans(max_iter=2.5), TypeError, "max_iter=2.5: must be an integer"),
+        (lambda: FaissKMeans(warm_iter="3"), TypeError, "warm_iter='3': must be an integer"),
+        (lambda: FaissKMeans(seed=2**40), ValueError, f"seed={2**40}: must be an integer in"),
+        (lambda: FaissKMeans(max_iter=0), ValueError, r"max_iter=0: must be an integer in \[1, "),
+        (lambda: FaissKMeans(tolerance=NAN), ValueError, "tolerance=nan: must be a number of at least 0"),
+        (lambda: FaissKMeans(min_share=0.9), ValueError, r"min_share=0.9: must be a number in \[0, 0.5\]"),
+        (lambda: FaissKMeans(max_share=1.5), ValueError, "max_share=1.5: must be a number of at least 2"),
+        (lambda: FaissKMeans(max_share=NAN), ValueError, "max_share=nan: must be a number of at least 2"),
         (lambda: plot_clusters(torch.rand(2, 3, 3)), TypeError, "labels: must be"),
         (lambda: plot_clusters(LABELS - 1), ValueError, "labels: must be at least 0, but the smallest is -1"),
         (

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from lightning_dropcluster.clustering import TorchKMeans, adjusted_rand_index
 from lightning_dropcluster.memory import ProfileMemory
-from lightning_dropcluster.reclustering import Grouping, cluster_share
+from lightning_dropcluster.reclustering import cluster_share
+from lightning_dropcluster.scopes import Grouping
 from lightning_dropcluster.sketch import Sketch
 
 

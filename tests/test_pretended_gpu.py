@@ -20,8 +20,7 @@ from lightning_dropcluster import REGULARIZERS
 from lightning_dropcluster.clustered_layers import ClusteredLayers
 from lightning_dropcluster.clustering import FaissKMeans, torch_kmeans
 from lightning_dropcluster.layers import select_layers
-from lightning_dropcluster.reclustering import Grouping
-from lightning_dropcluster.scopes import SCOPES
+from lightning_dropcluster.scopes import SCOPES, Grouping
 from lightning_dropcluster.sketch import Sketch
 
 SHAPE = (4, 6, 8)

@@ -11,9 +11,9 @@ from torch.multiprocessing import spawn
 
 from lightning_dropcluster import ranks
 from lightning_dropcluster.clustering import FaissKMeans
-from lightning_dropcluster.reclustering import Grouping, Reclustering, cluster_share
+from lightning_dropcluster.reclustering import Reclustering, cluster_share
 from lightning_dropcluster.regularizers import Gathering
-from lightning_dropcluster.scopes import SCOPES
+from lightning_dropcluster.scopes import SCOPES, Grouping
 from lightning_dropcluster.sketch import Sketch
 from lightning_dropcluster.window import GatheringWindow, merge_over_ranks
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from lightning_dropcluster import ranks
 from lightning_dropcluster.clustering import FaissKMeans, TorchKMeans
 from lightning_dropcluster.clustering.protocol import append_positions, count_clusters
-from lightning_dropcluster.reclustering import Grouping, Reclustering, cluster_share
+from lightning_dropcluster.reclustering import Reclustering, cluster_share
+from lightning_dropcluster.scopes import Grouping
 from lightning_dropcluster.sketch import Sketch
 
 CPU = torch.device("cpu")

@@ -168,6 +168,12 @@ def test_bad_counts(name, value):
         plot_clusters(torch.zeros(1, 2, 2, dtype=torch.long), **{name: value})
 
 
+@pytest.mark.parametrize("value", [0, 1.5])
+def test_bad_counts_of_maps_in_animations(value, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=r"max_maps=.*: must be an integer of at least 1"):
+        save_animation(tmp_path / "x.gif", [torch.zeros(1, 2, 2, dtype=torch.long)], max_maps=value)
+
+
 def test_missing_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning-dropcluster\[plot\]'"):

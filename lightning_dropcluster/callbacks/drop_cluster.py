@@ -18,10 +18,10 @@ from lightning_dropcluster.clustering.protocol import check_clusterer
 from lightning_dropcluster.clusters import Clusters, read_initial_labels
 from lightning_dropcluster.logged_pictures import PictureLog
 from lightning_dropcluster.progress import Progress
-from lightning_dropcluster.reclustering import MAX_LAYER_CLUSTERS, Grouping
+from lightning_dropcluster.reclustering import try_clusterer
 from lightning_dropcluster.regularizers.cluster_drop import RESCALES
 from lightning_dropcluster.schedules import make_schedule
-from lightning_dropcluster.scopes import SCOPES
+from lightning_dropcluster.scopes import SCOPES, Grouping
 from lightning_dropcluster.state import read_state
 from lightning_dropcluster.waiting import WaitingLine
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 _MAX_INT = 2**31 - 1  # FAISS has seeds and counts in C's int
-_MAX_POSITION_WEIGHT = 1e6  # where squares overflow, FAISS ends the process
 
 
 class DropCluster(LayerCallback):
@@ -124,13 +123,7 @@ class DropCluster(LayerCallback):
         seed: int = 0,
     ) -> None:
         drop_prob = check_number("drop_prob", drop_prob, 0, 1, high_open=True)
-        check_not_both("num_clusters", num_clusters, "cluster_size", cluster_size)
-        check_choice("scope", scope, SCOPES)
-        if num_clusters is not None:
-            most = MAX_LAYER_CLUSTERS if scope == "layer" else _MAX_INT
-            num_clusters = check_number("num_clusters", num_clusters, 1, most, integer=True)
-        if cluster_size is not None:
-            cluster_size = check_number("cluster_size", cluster_size, 1)
+        grouping = Grouping(scope, num_clusters, cluster_size, position_weight)
         check_not_both("every_n_epochs", every_n_epochs, "every_n_train_steps", every_n_train_steps)
         if every_n_epochs is not None:
             every_n_epochs = check_number("every_n_epochs", every_n_epochs, 0, integer=True)
@@ -147,7 +140,6 @@ class DropCluster(LayerCallback):
             raise ValueError(f"paired=True: needs per_sample=True, got per_sample={per_sample!r}")
         check_bool("log_pictures", log_pictures)
         check_choice("rescale", rescale, RESCALES)
-        position_weight = check_number("position_weight", position_weight, 0, _MAX_POSITION_WEIGHT)
         overlap_steps = check_number("overlap_steps", overlap_steps, 0, integer=True)
         seed = check_number("seed", seed, 0, _MAX_INT, integer=True)
 
@@ -159,7 +151,7 @@ class DropCluster(LayerCallback):
         if initial_labels is not None:
             self._first_clusters = read_initial_labels(initial_labels, SCOPES[scope])
         self._layers = ClusteredLayers(
-            Grouping(scope, num_clusters, cluster_size or 16.0, position_weight),
+            grouping,
             clusterer if clusterer is not None else _default_clusterer(seed),
             num_samples=num_samples,
             sketch_dim=sketch_dim,
@@ -231,7 +223,7 @@ class DropCluster(LayerCallback):
         self._layers.reset({})
 
     def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        self._layers.try_clusterer()
+        try_clusterer(self._layers.clusterer, self._layers.grouping)
         self._check_initial_labels()
         if trainer.global_step == 0 and _is_untouched(self._loaded):
             self._loaded = None

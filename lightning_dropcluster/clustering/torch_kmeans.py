@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_dropcluster.checks import check_number
 from lightning_dropcluster.clustering.protocol import is_alive
 from lightning_dropcluster.clustering.repair import repair
 from lightning_dropcluster.clustering.tiles import tile
@@ -14,51 +15,33 @@ Assign = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(points (B, F, D), centroids (B, K, D)) -> (labels (B, F) int64, squared distances (B, F))."""
 
 _BLOCK = 2**21  # distances held at a time, which the caches of a CPU hold too
+_MAX_INT = 2**31 - 1  # FAISS has seeds and counts in C's int
 _FAR = 1e4  # profiles have unit length, so nothing is ever assigned to a centroid out here
 
 
 class KMeans:
-    """What k-means clusterers share: their settings, and where they start.
-
-    A cold start is from the tiles of the grid (see `tile`), from random items where there is no grid. A warm
-    start needs few iterations: after one from the labels of another window, clusters were already better than
-    where a cold start ended (benchmarks/README.md).
-
-    Args:
-        max_iter: iterations at most from a cold start.
-        warm_iter: iterations at most from a warm start.
-        tolerance: stop when an iteration lowers the inertia by less than this share of it.
-        min_share: clusters below this share of the mean size are merged away, see `repair`.
-        max_share: clusters above this share of the mean size are split, see `repair`; at least 2.
-        seed: of the items taken where the start needs random ones; the same seed and profiles give the same
-            labels.
-
-    Raises:
-        ValueError: where an argument is out of its range.
-    """
+    """What k-means clusterers share: their settings, as `FaissKMeans` explains them, and where they start."""
 
     def __init__(
         self,
+        *,
         max_iter: int = 25,
+        warm_iter: int = 1,
         tolerance: float = 5e-3,
         min_share: float = 0.25,
-        seed: int = 0,
-        warm_iter: int = 1,
         max_share: float = 4.0,
+        seed: int = 0,
     ) -> None:
-        if max_iter < 1:
-            raise ValueError(f"max_iter={max_iter!r}: must be at least 1")
-        if warm_iter < 1:
-            raise ValueError(f"warm_iter={warm_iter!r}: must be at least 1")
-        if not tolerance >= 0.0:
-            raise ValueError(f"tolerance={tolerance!r}: must be at least 0")
-        if not 0.0 <= min_share <= 0.5:
-            raise ValueError(f"min_share={min_share!r}: must be in [0, 0.5]")
-        if not max_share >= 2.0:
-            raise ValueError(f"max_share={max_share!r}: must be at least 2")
-        self.max_iter, self.warm_iter = max_iter, warm_iter
-        self.min_share, self.max_share = min_share, max_share
-        self.tolerance, self.seed = tolerance, seed
+        self.max_iter = check_number("max_iter", max_iter, 1, _MAX_INT, integer=True)
+        self.warm_iter = check_number("warm_iter", warm_iter, 1, _MAX_INT, integer=True)
+        self.tolerance = check_number("tolerance", tolerance, 0)
+        self.min_share = check_number("min_share", min_share, 0, 0.5)
+        self.max_share = max_share if max_share == math.inf else check_number("max_share", max_share, 2)
+        self.seed = check_number("seed", seed, 0, _MAX_INT, integer=True)
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
 
     def _start(
         self, profiles: Tensor, num_clusters: int, init_labels: Tensor | None, grid: tuple[int, ...] | None
@@ -94,7 +77,7 @@ class KMeans:
 
 
 class TorchKMeans(KMeans):
-    """K-means by Lloyd's iterations in torch, all problems of a block together; for settings see `KMeans`.
+    """K-means by Lloyd's iterations in torch, all problems of a block together; settings as of `FaissKMeans`.
 
     Example:
         >>> TorchKMeans().fit(torch.eye(4)[None], num_clusters=4).unique().tolist()

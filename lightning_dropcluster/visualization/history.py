@@ -59,8 +59,7 @@ def plot_history(
         TypeError: if labels are no integer tensors.
         ValueError: if the shapes differ, or an argument is out of its range.
     """
-    _check(history, epochs, scope)
-    check_number("max_maps", max_maps, 1, integer=True)
+    _check(history, epochs, scope, max_maps)
     check_number("max_moments", max_moments, 2, integer=True)
     kept = torch.linspace(0, len(history) - 1, min(len(history), max_moments)).round().int().tolist()
     strip = [shown_maps(history[moment], max_maps) for moment in kept]
@@ -109,7 +108,7 @@ def save_animation(
         TypeError: if labels are no integer tensors.
         ValueError: if the shapes differ, or an argument is out of its range.
     """
-    _check(history, epochs, scope)
+    _check(history, epochs, scope, max_maps)
     check_number("seconds", seconds, 0.02)
     colors = neighbor_colors(*(shown_maps(labels, max_maps) for labels in history))
     frames = []
@@ -134,8 +133,9 @@ def _save_gif(path: str | PathLike[str], frames: list[Tensor], seconds: float) -
     first.save(path, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)
 
 
-def _check(history: Sequence[Tensor], epochs: Sequence[int] | None, scope: str) -> None:
+def _check(history: Sequence[Tensor], epochs: Sequence[int] | None, scope: str, max_maps: int) -> None:
     check_choice("scope", scope, SCOPES)
+    check_number("max_maps", max_maps, 1, integer=True)
     if isinstance(history, Tensor):
         raise TypeError("history: must be a sequence of labels, the oldest first, not one tensor")
     if not history:

@@ -255,12 +255,12 @@ def test_positions_make_clusters_tighter(kmeans, device):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_iter": 0}, "max_iter=0: must be at least 1"),
-        ({"warm_iter": 0}, "warm_iter=0: must be at least 1"),
-        ({"tolerance": -1e-3}, "tolerance=-0.001: must be at least 0"),
-        ({"tolerance": float("nan")}, "tolerance=nan: must be at least 0"),
-        ({"min_share": 0.6}, r"min_share=0.6: must be in \[0, 0.5\]"),
-        ({"min_share": -0.1}, r"min_share=-0.1: must be in \[0, 0.5\]"),
+        ({"max_iter": 0}, r"max_iter=0: must be an integer in \[1, "),
+        ({"warm_iter": 0}, r"warm_iter=0: must be an integer in \[1, "),
+        ({"tolerance": -1e-3}, "tolerance=-0.001: must be a number of at least 0"),
+        ({"tolerance": float("nan")}, "tolerance=nan: must be a number of at least 0"),
+        ({"min_share": 0.6}, r"min_share=0.6: must be a number in \[0, 0.5\]"),
+        ({"min_share": -0.1}, r"min_share=-0.1: must be a number in \[0, 0.5\]"),
     ],
 )
 def test_arguments_out_of_range_raise(kmeans, settings, message):
