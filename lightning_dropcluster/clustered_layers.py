@@ -1,7 +1,6 @@
 """The layers a callback works on, from one step to the next: hooks, windows, labels."""
 
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -352,12 +351,11 @@ class ClusteredLayers:
     def _warn_of_fewer(self, name: str, counts: Tensor, shape: Shape) -> None:
         wanted = self.grouping.num_clusters or self.grouping.clusters_for(shape)
         fewer = int((counts < wanted).sum())
-        if fewer and name not in self._warned and ranks.rank() == 0:
+        if fewer and name not in self._warned:
             self._warned.add(name)
-            warnings.warn(
-                f"DropCluster: layer {name!r}: num_clusters={wanted} is lowered to the number of distinct "
-                f"profiles in {fewer} of {len(counts)} clusterings, to {int(counts.min())} at the least",
-                stacklevel=2,
+            ranks.warn(
+                f"layer {name!r}: num_clusters={wanted} is lowered to the number of distinct "
+                f"profiles in {fewer} of {len(counts)} clusterings, to {int(counts.min())} at the least"
             )
 
     def _bind(self, name: str) -> None:

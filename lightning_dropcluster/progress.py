@@ -1,6 +1,5 @@
 """Progress: from the trainer's counters to the part of drop_prob in use, and whether reclustering is due."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -91,13 +90,12 @@ class Progress:
         self._began: tuple[int, int, int] | None = None  # epoch, step and batch of the start
         self._passed = int(has_labels)
 
-    def check(self, max_epochs: int | None, max_steps: int, *, is_trial: bool = False) -> None:
-        """Check the settings against the length of training.
+    def check(self, max_epochs: int | None, max_steps: int) -> None:
+        """Check the settings against the length of training, and note whether the start lies beyond it.
 
         Args:
             max_epochs: the trainer's; ``None`` or -1 for no limit.
             max_steps: the trainer's; -1 for no limit.
-            is_trial: whether training is too short on purpose, as with ``fast_dev_run``.
 
         Raises:
             ValueError: where a fraction of training without an end is asked for.
@@ -116,12 +114,6 @@ class Progress:
         self.is_late = (
             isinstance(self.start, int) and max_epochs is not None and 0 <= max_epochs <= self.start
         )
-        if self.is_late and not is_trial:
-            warnings.warn(
-                f"start={self.start!r}: training ends after max_epochs={max_epochs}, so nothing will be "
-                "dropped",
-                stacklevel=2,
-            )
 
     def advance(self, now: TrainingPosition) -> tuple[float, bool]:
         """Note the position before a batch.

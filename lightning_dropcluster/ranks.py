@@ -1,4 +1,6 @@
-"""The few collectives that reclustering needs; without a process group each is the identity."""
+"""Ranks: the few collectives that reclustering needs, each the identity without a process group; warnings."""
+
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,17 @@ def rank() -> int:
 def world_size() -> int:
     """Return the number of processes, 1 without a process group."""
     return dist.get_world_size() if _is_distributed() else 1
+
+
+def warn(message: str, source: str = "DropCluster") -> None:
+    """Warn on the first rank alone, since all ranks would say the same.
+
+    Args:
+        message: what is to be said.
+        source: the callback that says it.
+    """
+    if rank() == 0:
+        warnings.warn(f"{source}: {message}", stacklevel=3)
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Reclustering: from merged sketches to new labels, with the problems shared out over ranks."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -88,11 +87,8 @@ class Reclustering:
         lacks_memory = error is not None and _is_out_of_memory(error)
         ranks.raise_together(None if lacks_memory else error, device)
         if ranks.any_rank(lacks_memory, device):
-            if ranks.rank() == 0:
-                cause = error if lacks_memory else "on another rank"
-                warnings.warn(
-                    f"DropCluster: out of memory in reclustering; the old labels stay ({cause})", stacklevel=2
-                )
+            cause = error if lacks_memory else "on another rank"
+            ranks.warn(f"out of memory in reclustering; the old labels stay ({cause})")
             return {}
         return {name: ranks.sum_over_ranks(labels) for name, labels in self._labels.result().items()}
 

@@ -1,6 +1,5 @@
 """The gathering window: one sketch per layer, filled from the ordinary training batches."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -98,9 +97,9 @@ class GatheringWindow:
         for name in self._gathered_alike(sketches):
             merge_over_ranks(sketches[name])
             if not sketches[name].count:
-                _warn(f"layer {name!r} did not run while the window was open; it is not clustered")
+                ranks.warn(f"layer {name!r} did not run while the window was open; it is not clustered")
             elif not sketches[name].is_finite():
-                _warn(f"activations of layer {name!r} were NaN, infinite or huge; it is not clustered")
+                ranks.warn(f"activations of layer {name!r} were NaN, infinite or huge; it is not clustered")
             else:
                 merged[name] = sketches[name]
         return merged
@@ -133,7 +132,7 @@ class GatheringWindow:
             try:
                 sketch.load_state_dict(tensors)
             except RuntimeError:
-                _warn(f"the open sketch of layer {name!r} was made with other settings and starts again")
+                ranks.warn(f"the open sketch of layer {name!r} was made with other settings and starts again")
                 continue
             sketch.num_samples = max(sketch.num_samples, int(sketch.count))  # asked for when it was saved
             self.gatherings[name].sketch = sketch
@@ -165,7 +164,7 @@ class GatheringWindow:
         table = ranks.sum_over_ranks(table).cpu()
         alike = (table == table[:1]).flatten(2).all(2).all(0) & (table[0, :, 0] > 0)
         for name in (name for name, same in zip(names, alike, strict=True) if not same):
-            _warn(f"layer {name!r} was not gathered, or not alike on all ranks; it is not clustered")
+            ranks.warn(f"layer {name!r} was not gathered, or not alike on all ranks; it is not clustered")
         return [name for name, same in zip(names, alike, strict=True) if same]
 
 
@@ -187,8 +186,3 @@ def merge_over_ranks(sketch: Sketch) -> None:
 
 def _changed_size(gathering: Gathering) -> bool:
     return gathering.sketch is not None and gathering.sketch.shape != gathering.shape
-
-
-def _warn(message: str) -> None:
-    if ranks.rank() == 0:
-        warnings.warn(f"DropCluster: {message}", stacklevel=2)

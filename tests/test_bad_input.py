@@ -270,7 +270,8 @@ def test_training_without_an_end_has_no_fractions(loader, options, match):
 
 def test_a_start_after_the_end_is_warned_of(loader):
     with pytest.warns(
-        UserWarning, match="start=9: training ends after max_epochs=2, so nothing will be dropped"
+        UserWarning,
+        match="DropCluster: start=9: training ends after max_epochs=2, so nothing will be dropped",
     ):
         make_trainer(DropCluster("conv1", start=9), max_epochs=2).fit(Classifier(), loader)
 

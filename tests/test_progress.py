@@ -289,18 +289,15 @@ def test_a_ramp_without_an_end_is_refused(schedule):
         (Progress(3, linear()), (4, -1)),
     ],
 )
-def test_settings_that_fit_the_training_pass_without_a_warning(progress, limits):
+def test_settings_that_fit_the_training_pass(progress, limits):
     progress.check(*limits)
 
 
 @pytest.mark.parametrize("max_epochs", [1, 4])
-def test_a_start_after_the_end_warns(max_epochs):
-    with pytest.warns(UserWarning, match=f"start=4: training ends after max_epochs={max_epochs}, so nothing"):
-        Progress(4, linear()).check(max_epochs, -1)
-
-
-def test_a_start_after_the_end_of_a_trial_does_not_warn():
-    Progress(4, linear()).check(1, -1, is_trial=True)
+def test_a_start_after_the_end_is_late(max_epochs):
+    progress = Progress(4, linear())
+    progress.check(max_epochs, -1)
+    assert progress.is_late
 
 
 @pytest.mark.parametrize("start", [np.int64(2), np.float32(0.25), np.float64(0.25)])

@@ -2,7 +2,6 @@
 
 import importlib
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -94,18 +93,14 @@ class LayerCallback(_Base):
         self._meet_others(trainer, modules)
         self._hooked = modules
         self._attach(trainer, pl_module)
-        self._progress.check(trainer.max_epochs, trainer.max_steps, is_trial=_is_trial(trainer))
+        self._check_start(trainer)
         self._apply_loaded()
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Say so where a resumed checkpoint was written without this callback."""
         self._is_fresh = trainer.global_step == 0  # only now have the counters been restored
-        if trainer.ckpt_path and not self._was_loaded and ranks.rank() == 0:
-            warnings.warn(
-                f"{type(self).__name__}: the checkpoint has no state of this callback ({self.state_key}); "
-                "it starts afresh",
-                stacklevel=2,
-            )
+        if trainer.ckpt_path and not self._was_loaded:
+            self._warn(f"the checkpoint has no state of this callback ({self.state_key}); it starts afresh")
         self._was_loaded = False
 
     def on_train_batch_start(
@@ -131,17 +126,15 @@ class LayerCallback(_Base):
         error = silence(self._layers.silent())
         if self._progress.has_begun:
             ranks.raise_together(error, pl_module.device)
-        elif error is not None and ranks.rank() == 0:
-            warnings.warn(f"{type(self).__name__}: {error}", stacklevel=2)
+        elif error is not None:
+            self._warn(str(error))
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Say so where the start was never reached."""
         progress = self._progress
-        if not (progress.has_begun or progress.is_late or _is_trial(trainer)) and ranks.rank() == 0:
-            warnings.warn(
-                f"{type(self).__name__}: start={progress.start!r} was not reached before training ended, so "
-                "nothing was dropped",
-                stacklevel=2,
+        if not (progress.has_begun or progress.is_late or _is_trial(trainer)):
+            self._warn(
+                f"start={progress.start!r} was not reached before training ended, so nothing was dropped"
             )
 
     def on_exception(
@@ -256,14 +249,24 @@ class LayerCallback(_Base):
         position = sum(other.log_name == self.log_name for other in earlier)
         self._log_prefix = f"{self.log_name}-{position}" if position else self.log_name
 
+    def _check_start(self, trainer: "Trainer") -> None:
+        self._progress.check(trainer.max_epochs, trainer.max_steps)
+        if self._progress.is_late and not _is_trial(trainer):
+            self._warn(
+                f"start={self._progress.start!r}: training ends after max_epochs={trainer.max_epochs}, so "
+                "nothing will be dropped"
+            )
+
     def _warn_of_eval_mode(self) -> None:
         idle = [name for name, module in self._hooked.items() if not module.training]
-        if idle and ranks.rank() == 0:
-            warnings.warn(
-                f"{type(self).__name__}: layers {', '.join(idle)} are in eval mode in a training step, so "
-                "nothing is dropped or gathered there; call .train() on them",
-                stacklevel=2,
+        if idle:
+            self._warn(
+                f"layers {', '.join(idle)} are in eval mode in a training step, so nothing is dropped or "
+                "gathered there; call .train() on them"
             )
+
+    def _warn(self, message: str) -> None:
+        ranks.warn(message, type(self).__name__)
 
 
 def _is_trial(trainer: "Trainer") -> bool:

@@ -1,7 +1,6 @@
 """DropCluster: learn clusters while the model trains, and drop them."""
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -9,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lightning_dropcluster import ranks
 from lightning_dropcluster.callbacks.base import LayerCallback, Layers
 from lightning_dropcluster.checks import check_bool, check_choice, check_not_both, check_number
 from lightning_dropcluster.clustered_layers import ClusteredLayers, Report
@@ -300,13 +298,13 @@ class DropCluster(LayerCallback):
             )
 
     def _warn_of_no_clusters(self) -> None:
-        if self._layers.clusters or not self._progress.has_begun or ranks.rank() > 0:
+        if self._layers.clusters or not self._progress.has_begun:
             return
         what, window = "no clusters were made and nothing was dropped", self._layers.window
         if window is not None:
             reason = f"training ended before num_samples={window.num_samples} samples were gathered"
             what = f"{reason}, so {what}; lower num_samples, or start earlier"
-        warnings.warn(f"DropCluster: {what}", stacklevel=2)
+        self._warn(what)
 
 
 def _default_clusterer(seed: int) -> Clusterer:
