@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_dropcluster.clusters import SavedClusters, read_checkpoint
-from lightning_dropcluster.layers import compile_pattern, nearest_names
+from lightning_dropcluster.layers import matching_names, nearest_names
 from lightning_dropcluster.visualization import (
     neighbor_colors,
     plot_clusters,
@@ -62,7 +62,8 @@ def read_histories(paths: Sequence[Path], match: Sequence[str] = ("**",)) -> lis
     names = dict.fromkeys(name for one in saved for name in one.clusters)
     if not names:
         raise ValueError(f"no clusters of a DropCluster in {', '.join(map(str, paths))}")
-    return [_history(name, saved) for name in names if name in _pick(names, match)]
+    picked = _pick(names, match)
+    return [_history(name, saved) for name in names if name in picked]
 
 
 def save_plots(history: LayerHistory, folder: Path, *, image: Tensor | None, max_maps: int) -> Iterator[Path]:
@@ -151,15 +152,14 @@ def _read(path: Path) -> SavedClusters:
 
 
 def _pick(names: Iterable[str], match: Sequence[str]) -> set[str]:
-    """Names that the patterns pick, with or without their first segment."""
+    """Names that the patterns pick."""
     picked: set[str] = set()
     for pattern in match:
-        matches, module = compile_pattern(pattern), nn.Identity()
-        found = {n for n in names if matches(n, module) or matches(n.partition(".")[2], module)}
+        found = matching_names(names, pattern)
         if not found:
             near = ", ".join(nearest_names(pattern, names))
             raise ValueError(f"match={pattern!r} picks none of the layers with clusters; nearest: {near}")
-        picked |= found
+        picked.update(found)
     return picked
 
 

@@ -253,15 +253,13 @@ class ClusteredLayers:
             "memory": self.memory.state_dict() if alone else {},
         }
 
-    def load_state_dict(self, clusters: Mapping[str, Clusters], state: Mapping[str, Any]) -> None:
-        """Take over clusters, and what was under way, from a checkpoint; the hooks must be on.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what was under way from a checkpoint; its clusters are held already, and the hooks on.
 
         Args:
-            clusters: name to clusters.
             state: what `state_dict` returned.
         """
         self._abandon()
-        self.clusters = dict(clusters)
         self.windows_opened = state["windows_opened"]
         self._is_owed = state["window"] is not None or state["reclustering"] is not None
         for name in self._gatherings.keys() & state["shapes"].keys():

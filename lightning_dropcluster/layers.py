@@ -179,7 +179,7 @@ def _module_names(root: nn.Module) -> dict[str, nn.Module]:
 
 def _pick(names: dict[str, nn.Module], pattern: Pattern, types: tuple[type[nn.Module], ...]) -> list[str]:
     """Apply one pattern from the root, else from each direct child."""
-    matches = compile_pattern(pattern) if isinstance(pattern, str) else pattern
+    matches = _predicate(pattern)
     candidates = {name: module for name, module in names.items() if isinstance(module, types)}
     picked = [name for name, module in candidates.items() if matches(name, module)]
     if picked:
@@ -200,6 +200,13 @@ def _pick(names: dict[str, nn.Module], pattern: Pattern, types: tuple[type[nn.Mo
     raise ValueError(_explain_no_match(names, candidates, pattern, types))
 
 
+def _predicate(pattern: Pattern) -> Callable[[str, nn.Module], bool]:
+    if not isinstance(pattern, str):
+        return pattern
+    matches = compile_pattern(pattern)
+    return lambda name, module: matches(name)
+
+
 def _explain_no_match(
     names: dict[str, nn.Module],
     candidates: dict[str, nn.Module],
@@ -208,7 +215,7 @@ def _explain_no_match(
 ) -> str:
     """Say why a pattern picked nothing, and what would have been near."""
     allowed = "/".join(kind.__name__ for kind in types) if types != CONV_LAYERS else "conv"
-    others = _matching_names(names, pattern) if isinstance(pattern, str) else []
+    others = matching_names(names, pattern) if isinstance(pattern, str) else []
     if others:
         kinds = ", ".join(f"{name} ({type(names[name]).__name__})" for name in others[:3])
         head = f"layers={pattern!r} matches no {allowed} layer, only {kinds}"
@@ -225,12 +232,21 @@ def _explain_no_match(
     return f"{head}; nearest {allowed} layers: {', '.join(nearest_names(str(pattern), candidates)) or 'none'}"
 
 
-def _matching_names(names: Iterable[str], pattern: str) -> list[str]:
-    """Names that a string matches whatever stands under them, from the root or else from its children."""
-    matches, module = compile_pattern(pattern), nn.Identity()
-    return [name for name in names if matches(name, module)] or [
-        name for name in names if "." in name and matches(name.partition(".")[2], module)
-    ]
+def matching_names(names: Iterable[str], pattern: str) -> list[str]:
+    """Return the names that a string matches, whatever stands under them.
+
+    Args:
+        names: what there is.
+        pattern: a glob or a regular expression, see `select_layers`.
+
+    Returns:
+        Those that match as a whole, else those that match without their first segment.
+
+    Raises:
+        ValueError: where the pattern is empty or does not compile.
+    """
+    names, matches = list(names), compile_pattern(pattern)
+    return [n for n in names if matches(n)] or [n for n in names if matches(n.partition(".")[2])]
 
 
 def nearest_names(pattern: str, names: Iterable[str], count: int = 5) -> list[str]:
@@ -254,14 +270,14 @@ def nearest_names(pattern: str, names: Iterable[str], count: int = 5) -> list[st
     return sorted(names, key=likeness, reverse=True)[:count]
 
 
-def compile_pattern(pattern: str) -> Callable[[str, nn.Module], bool]:
+def compile_pattern(pattern: str) -> Callable[[str], bool]:
     """Turn a glob, or a regular expression after ``re:``, into a predicate.
 
     Args:
         pattern: see `select_layers`.
 
     Returns:
-        What tells of a name and its module whether the pattern matches.
+        What tells of a name whether the pattern matches.
 
     Raises:
         ValueError: where the pattern is empty or does not compile.
@@ -276,7 +292,7 @@ def compile_pattern(pattern: str) -> Callable[[str, nn.Module], bool]:
         kind = "regular expression" if is_regex else "glob"
         raise ValueError(f"layers={pattern!r}: no valid {kind} ({error})") from error
     search = expression.search if is_regex else expression.fullmatch
-    return lambda name, module: bool(name) and search(name) is not None
+    return lambda name: bool(name) and search(name) is not None
 
 
 def _translate(token: str) -> str:

@@ -1,4 +1,4 @@
-"""Schedules as closures: what share of drop_prob a moment of training uses, and when something is due."""
+"""Schedules: what share of drop_prob a moment of training uses, and when something is due."""
 
 import math
 from collections.abc import Callable
@@ -7,71 +7,65 @@ Schedule = Callable[[float], float]
 """From the part of the ramp that has passed to the part of drop_prob in use, both in [0, 1]."""
 
 
-def linear() -> Schedule:
-    """Return the paper's ramp: from 0 to 1 in a straight line.
+def linear(fraction: float) -> float:
+    """Rise from 0 to 1 in a straight line: the paper's ramp.
+
+    Args:
+        fraction: in [0, 1].
 
     Returns:
-        The closure ``fraction -> fraction``.
+        The fraction itself.
 
     Example:
-        >>> linear()(0.25)
+        >>> linear(0.25)
         0.25
     """
-    return _straight
-
-
-def cosine() -> Schedule:
-    """Return half a cosine wave from 0 to 1, flat at both ends.
-
-    Returns:
-        The closure ``fraction -> (1 - cos(pi * fraction)) / 2``.
-
-    Example:
-        >>> round(cosine()(0.5), 6)
-        0.5
-    """
-    return _half_wave
-
-
-def constant() -> Schedule:
-    """Return the schedule that is 1 from the first step on.
-
-    Returns:
-        The closure ``fraction -> 1.0``.
-
-    Example:
-        >>> constant()(0.0)
-        1.0
-    """
-    return _full
-
-
-# Functions of the module, not lambdas: a callback must pickle to reach spawned processes.
-
-
-def _straight(fraction: float) -> float:
     return fraction
 
 
-def _half_wave(fraction: float) -> float:
+def cosine(fraction: float) -> float:
+    """Rise from 0 to 1 by half a cosine wave, flat at both ends.
+
+    Args:
+        fraction: in [0, 1].
+
+    Returns:
+        (1 - cos(pi * fraction)) / 2.
+
+    Example:
+        >>> round(cosine(0.5), 6)
+        0.5
+    """
     return (1.0 - math.cos(math.pi * fraction)) / 2.0
 
 
-def _full(fraction: float) -> float:
+def constant(fraction: float) -> float:
+    """Be 1 from the first step on.
+
+    Args:
+        fraction: in [0, 1].
+
+    Returns:
+        1.
+
+    Example:
+        >>> constant(0.0)
+        1.0
+    """
     return 1.0
 
 
-SCHEDULES: dict[str, Callable[[], Schedule]] = {"linear": linear, "cosine": cosine, "constant": constant}
+SCHEDULES: dict[str, Schedule] = {"linear": linear, "cosine": cosine, "constant": constant}
 
 
 def make_schedule(schedule: str | Schedule) -> Schedule:
-    """Return the closure of a name, or check the closure given.
+    """Return the function of a name, or check the function given.
 
     Args:
         schedule: a name of `SCHEDULES`, or a callable fraction -> fraction, both in [0, 1].
 
     Returns:
-        The closure.
+        The function.
 
     Raises:
         TypeError: where ``schedule`` is neither a string nor a callable.
@@ -80,7 +74,7 @@ def make_schedule(schedule: str | Schedule) -> Schedule:
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule={schedule!r}: must be a callable or one of {', '.join(SCHEDULES)}")
-        return SCHEDULES[schedule]()
+        return SCHEDULES[schedule]
     if not callable(schedule):
         raise TypeError(f"schedule={schedule!r}: give a name or a callable, not {type(schedule).__name__}")
     for fraction in (step / 100 for step in range(101)):
@@ -106,7 +100,7 @@ def ramp(schedule: Schedule, start: float) -> Schedule:
         A closure from the fraction of training to the fraction of drop_prob, both in [0, 1].
 
     Example:
-        >>> [ramp(linear(), 0.5)(fraction) for fraction in (0.25, 0.5, 0.75, 1.0)]
+        >>> [ramp(linear, 0.5)(fraction) for fraction in (0.25, 0.5, 0.75, 1.0)]
         [0.0, 0.0, 0.5, 1.0]
     """
     length = 1.0 - start

@@ -132,7 +132,7 @@ def cover(names: Collection[str], wanted: Collection[str]) -> list[str]:
     exact: dict[str, set[str]] = {name: {name} for name in wanted}
     for pattern in (pattern for pattern, count in tally.items() if count > 1):
         matches = compile_pattern(pattern)
-        picked = {name for name in names if matches(name, nn.Identity())}
+        picked = {name for name in names if matches(name)}
         if picked <= exact.keys():
             exact[pattern] = picked
     missing, chosen = set(wanted), []

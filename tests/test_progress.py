@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lightning_dropcluster.progress import Progress, TrainingPosition
 from lightning_dropcluster.schedules import constant, cosine, linear
 
-SCHEDULES = {"linear": linear(), "cosine": cosine(), "constant": constant()}
+SCHEDULES = {"linear": linear, "cosine": cosine, "constant": constant}
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def test_the_fraction_in_unusual_runs(position, fraction):
 
 def test_without_an_end_the_share_is_one_from_the_start_on():
     positions = [TrainingPosition(epoch, epoch, 0, 1, -1, -1) for epoch in range(5)]
-    assert walk(Progress(2, constant(), every_n_epochs=2), positions) == [
+    assert walk(Progress(2, constant, every_n_epochs=2), positions) == [
         (0.0, False),
         (0.0, False),
         (1.0, True),
@@ -198,7 +198,7 @@ def test_without_an_end_the_share_is_one_from_the_start_on():
 
 
 def test_a_training_continued_without_an_end_stays_at_the_top_of_the_ramp():
-    first, second = Progress(2, linear()), Progress(2, constant())
+    first, second = Progress(2, linear), Progress(2, constant)
     walk(first, [TrainingPosition(epoch, epoch, 0, 1, 4, -1) for epoch in range(4)])
     second.load_state_dict(first.state_dict())
     assert second.advance(TrainingPosition(4, 4, 0, 1, -1, -1)) == (1.0, False)
@@ -206,7 +206,7 @@ def test_a_training_continued_without_an_end_stays_at_the_top_of_the_ramp():
 
 def test_reclustering_is_due_every_five_epochs_where_nothing_is_said():
     positions = [TrainingPosition(epoch, epoch, 0, 1, 20, -1) for epoch in range(20)]
-    due = [due for _, due in walk(Progress(3, linear()), positions)]
+    due = [due for _, due in walk(Progress(3, linear), positions)]
     assert [epoch for epoch in range(20) if due[epoch]] == [3, 8, 13, 18]
 
 
@@ -214,7 +214,7 @@ def test_a_training_continued_with_more_epochs_keeps_its_due_moments():
     def positions(epochs, limit):
         return [TrainingPosition(epoch, epoch, 0, 1, limit, -1) for epoch in epochs]
 
-    first, second = Progress(0.5, linear(), every_n_epochs=2), Progress(0.5, linear(), every_n_epochs=2)
+    first, second = Progress(0.5, linear, every_n_epochs=2), Progress(0.5, linear, every_n_epochs=2)
     walk(first, positions(range(4), 4))
     second.load_state_dict(first.state_dict())
     due = [due for _, due in walk(second, positions(range(4, 12), 12))]
@@ -229,10 +229,10 @@ def test_a_training_continued_for_longer_goes_on_with_the_ramp_from_where_it_beg
         limits = (limit, -1) if unit == "epochs" else (-1, limit)
         return [TrainingPosition(moment, moment, 0, 1, *limits) for moment in moments]
 
-    progress = Progress(start, linear(), every_n_epochs=0)
+    progress = Progress(start, linear, every_n_epochs=0)
     walk(progress, positions(range(4), 4))
     if resumed:
-        state, progress = json.loads(json.dumps(progress.state_dict())), Progress(start, linear(), 0)
+        state, progress = json.loads(json.dumps(progress.state_dict())), Progress(start, linear, 0)
         progress.load_state_dict(state)
     shares = [share for share, _ in walk(progress, positions(range(4, 13), 12))]
     assert shares == pytest.approx([(moment - 2) / 10 for moment in range(4, 13)])
@@ -241,13 +241,13 @@ def test_a_training_continued_for_longer_goes_on_with_the_ramp_from_where_it_beg
 @pytest.mark.parametrize("start", [1.0, -0.1, 7.5, float("nan"), -1])
 def test_a_start_out_of_its_range_is_refused(start):
     with pytest.raises(ValueError, match=f"start={start!r}: must be"):
-        Progress(start, linear())
+        Progress(start, linear)
 
 
 @pytest.mark.parametrize("start", ["0.5", None, True])
 def test_a_start_that_is_no_number_is_a_type_error(start):
     with pytest.raises(TypeError, match=f"start={start!r}: must be a fraction of training"):
-        Progress(start, linear())
+        Progress(start, linear)
 
 
 @pytest.mark.parametrize("max_epochs", [None, -1])
@@ -255,7 +255,7 @@ def test_a_fraction_of_training_without_an_end_is_refused(max_epochs):
     with pytest.raises(
         ValueError, match=r"start=0\.25: a fraction of training needs max_epochs or max_steps"
     ):
-        Progress(0.25, constant()).check(max_epochs, -1)
+        Progress(0.25, constant).check(max_epochs, -1)
 
 
 class Half:
@@ -281,12 +281,12 @@ def test_a_ramp_without_an_end_is_refused(schedule):
 @pytest.mark.parametrize(
     ("progress", "limits"),
     [
-        (Progress(2, constant()), (-1, -1)),
-        (Progress(2, constant()), (None, -1)),
-        (Progress(0.25, linear()), (4, -1)),
-        (Progress(0.25, linear()), (-1, 100)),
-        (Progress(2, linear()), (None, 100)),
-        (Progress(3, linear()), (4, -1)),
+        (Progress(2, constant), (-1, -1)),
+        (Progress(2, constant), (None, -1)),
+        (Progress(0.25, linear), (4, -1)),
+        (Progress(0.25, linear), (-1, 100)),
+        (Progress(2, linear), (None, 100)),
+        (Progress(3, linear), (4, -1)),
     ],
 )
 def test_settings_that_fit_the_training_pass(progress, limits):
@@ -295,14 +295,14 @@ def test_settings_that_fit_the_training_pass(progress, limits):
 
 @pytest.mark.parametrize("max_epochs", [1, 4])
 def test_a_start_after_the_end_is_late(max_epochs):
-    progress = Progress(4, linear())
+    progress = Progress(4, linear)
     progress.check(max_epochs, -1)
     assert progress.is_late
 
 
 @pytest.mark.parametrize("start", [np.int64(2), np.float32(0.25), np.float64(0.25)])
 def test_numbers_of_numpy_become_plain_ones(start):
-    progress = Progress(start, linear(), every_n_epochs=np.int64(1))
+    progress = Progress(start, linear, every_n_epochs=np.int64(1))
     progress.advance(
         TrainingPosition(epoch=2, step=8, batch=0, batches_per_epoch=4, max_epochs=4, max_steps=-1)
     )
@@ -314,7 +314,7 @@ def test_with_another_interval_a_resumed_run_reclusters_at_once_and_keeps_its_ra
     def position(epoch):
         return TrainingPosition(epoch, 4 * epoch, 0, 4, max_epochs=40, max_steps=-1)
 
-    before, after = Progress(4, linear(), every_n_epochs=1), Progress(4, linear(), every_n_epochs=5)
+    before, after = Progress(4, linear, every_n_epochs=1), Progress(4, linear, every_n_epochs=5)
     for epoch in range(20):
         before.advance(position(epoch))
     after.load_state_dict(before.state_dict())

@@ -42,17 +42,17 @@ def test_every_schedule_ends_at_one(name):
 @relaxed
 @given(FRACTIONS)
 def test_linear_is_the_identity_and_constant_is_one(fraction):
-    assert (linear()(fraction), constant()(fraction)) == (fraction, 1.0)
+    assert (linear(fraction), constant(fraction)) == (fraction, 1.0)
 
 
 @relaxed
 @given(FRACTIONS)
 def test_cosine_is_symmetric_about_the_middle(fraction):
-    assert cosine()(fraction) + cosine()(1.0 - fraction) == pytest.approx(1.0)
+    assert cosine(fraction) + cosine(1.0 - fraction) == pytest.approx(1.0)
 
 
 def test_cosine_is_flat_at_both_ends_and_steepest_in_the_middle():
-    steps = [cosine()((n + 1) / 10) - cosine()(n / 10) for n in range(10)]
+    steps = [cosine((n + 1) / 10) - cosine(n / 10) for n in range(10)]
     assert steps[0] < 0.03
     assert steps[-1] < 0.03
     assert max(steps) == pytest.approx(steps[4])
@@ -82,7 +82,7 @@ def test_a_ramp_ends_at_one(name, start):
 @relaxed
 @given(st.floats(0.0, 0.99), FRACTIONS)
 def test_a_linear_ramp_is_the_straight_line_from_start_to_end(start, part):
-    assert ramp(linear(), start)(start + part * (1.0 - start)) == pytest.approx(part, abs=1e-6)
+    assert ramp(linear, start)(start + part * (1.0 - start)) == pytest.approx(part, abs=1e-6)
 
 
 @relaxed

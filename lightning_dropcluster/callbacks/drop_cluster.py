@@ -276,7 +276,7 @@ class DropCluster(LayerCallback):
         self._layers.clusters = read_state(state, self.scope)
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        self._layers.load_state_dict(read_state(state, self.scope), state)
+        self._layers.load_state_dict(state)
 
     # Reports
 

@@ -128,7 +128,7 @@ class StructuredDropout(LayerCallback):
         for regularizer in self._layers.regularizers.values():
             self._check_settings(regularizer)
         if not self._layers.are_steered:
-            self._progress.schedule = constant()
+            self._progress.schedule = constant
 
     def _begin_step(self, share: float, is_due: bool) -> float:
         return self._layers.begin_step(share)
