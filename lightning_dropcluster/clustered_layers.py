@@ -15,7 +15,7 @@ from lightning_dropcluster.clustering import Clusterer, adjusted_rand_index
 from lightning_dropcluster.clustering.protocol import count_clusters
 from lightning_dropcluster.clusters import Clusters, check_channels, smallest_table
 from lightning_dropcluster.functional import cluster_sizes
-from lightning_dropcluster.injection import Injection, silence
+from lightning_dropcluster.injection import Injection, silence_error
 from lightning_dropcluster.layers import CONV_LAYERS, find_layers
 from lightning_dropcluster.memory import ProfileMemory
 from lightning_dropcluster.reclustering import OnProgress, Reclustering, cluster_share
@@ -183,7 +183,7 @@ class ClusteredLayers:
             # Only now does the clock run: to count the samples was to wait for device and ranks.
             with self._clock():
                 self._recluster(self.window)
-        if not self._is_due():
+        if self.reclustering is None or self.reclustering.wait_steps > 0:
             return {}
         with self._clock():
             return self.finish()
@@ -295,7 +295,7 @@ class ClusteredLayers:
     def _recluster(self, window: GatheringWindow) -> None:
         """Close a full window and have its sketches clustered; where none can be, open another at first."""
         if not self.clusters:
-            ranks.raise_together(silence(self.silent()), self._device)
+            ranks.raise_together(silence_error(self.silent()), self._device)
         sketches, self.window = window.merge(), None
         if not sketches and not self.clusters:
             return self.open_window()
@@ -323,9 +323,6 @@ class ClusteredLayers:
             yield
         finally:
             self.seconds += time.perf_counter() - started
-
-    def _is_due(self) -> bool:
-        return self.reclustering is not None and self.reclustering.wait_steps <= 0
 
     def _adopt(self, name: str, labels: Tensor, shape: Shape) -> Report:
         """Make labels (B, F) the layer's own."""

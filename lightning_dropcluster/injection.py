@@ -91,7 +91,7 @@ class Injection:
         self.detach()
 
 
-def silence(silent: list[str]) -> RuntimeError | None:
+def silence_error(silent: list[str]) -> RuntimeError | None:
     """Return what to raise where layers have not run in training.
 
     Args:

@@ -18,6 +18,8 @@ CONV_LAYERS: tuple[type[nn.Module], ...] = (
 """The layer types that patterns pick by default (subclasses included)."""
 
 Pattern = str | Callable[[str, nn.Module], bool]
+Layers = Pattern | Sequence[Pattern]
+"""How users say which layers; see `select_layers`."""
 LayerTypes = type[nn.Module] | Sequence[type[nn.Module]]
 
 LEARNED_CHILD = "structured_dropout"
@@ -29,7 +31,7 @@ _GLOB_TOKEN = re.compile(r"(?<![^.])\*\*\.|\*\*|\*|\?|\[!?[^\]!][^\]]*\]|.", re.
 
 
 def select_layers(
-    root: nn.Module, layers: Pattern | Sequence[Pattern], layer_types: LayerTypes | None = None
+    root: nn.Module, layers: Layers, layer_types: LayerTypes | None = None
 ) -> dict[str, nn.Module]:
     """Return the layers of a model that name patterns pick.
 
@@ -98,7 +100,7 @@ def find_layers(root: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     return {name: module for name, module in found.items() if module is not None}
 
 
-def check_patterns(layers: Pattern | Sequence[Pattern]) -> list[Pattern]:
+def check_patterns(layers: Layers) -> list[Pattern]:
     """Return the patterns as a list.
 
     Args:

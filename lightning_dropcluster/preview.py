@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropcluster.checks import check_number
-from lightning_dropcluster.layers import LayerTypes, Pattern, select_layers
+from lightning_dropcluster.layers import Layers, LayerTypes, select_layers
 from lightning_dropcluster.scopes import SCOPES, Grouping, Shape
 from lightning_dropcluster.sketch import Sketch
 from lightning_dropcluster.suggestions import Call, stage_ends, suggest_patterns, suggest_stages
@@ -103,7 +103,7 @@ class Preview:
 
 def preview(
     module: nn.Module,
-    layers: Pattern | Sequence[Pattern] = "**",
+    layers: Layers = "**",
     example_input: Any = None,
     *,
     num_clusters: int | None = None,

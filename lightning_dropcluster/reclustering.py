@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -152,7 +151,7 @@ def try_clusterer(clusterer: Clusterer, grouping: Grouping) -> None:
     """
     sketch = Sketch((4, 3, 4), scope=grouping.scope, num_samples=8)
     sketch.update(torch.randn(8, 4, 3, 4, generator=torch.Generator().manual_seed(0)))
-    few = replace(grouping, num_clusters=3)
+    few = Grouping(grouping.scope, 3, position_weight=grouping.position_weight)
     labels = _cluster(sketch, sketch.profiles(), None, clusterer, few)
     _cluster(sketch, sketch.profiles(), labels, clusterer, few)
 

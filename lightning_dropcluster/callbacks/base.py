@@ -2,14 +2,20 @@
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 from lightning_dropcluster import ranks
-from lightning_dropcluster.injection import silence
-from lightning_dropcluster.layers import check_layer_types, check_patterns, select_layers
+from lightning_dropcluster.injection import silence_error
+from lightning_dropcluster.layers import (
+    Layers,
+    LayerTypes,
+    check_layer_types,
+    check_patterns,
+    select_layers,
+)
 from lightning_dropcluster.progress import Progress, TrainingPosition
 
 if TYPE_CHECKING:
@@ -30,15 +36,12 @@ else:
 
     _Base = type("_Base", _callback_bases(), {})
 
-Layers = str | list[str] | Callable[[str, nn.Module], bool] | list[Callable[[str, nn.Module], bool]]
-"""How users say which layers; see `select_layers`."""
-
 
 class LayerCallback(_Base):
     """A callback that drops in chosen layers, to the measure of a schedule, and leaves nothing attached.
 
     Subclasses say what happens in `_attach`, `_begin_step`, `_state`, `_read_state` and `_load`, and extend
-    `_reset` and `detach`; this class says when.
+    `_reset`; this class says when.
 
     Args:
         layers: which layers, see `select_layers`.
@@ -51,12 +54,12 @@ class LayerCallback(_Base):
     """
 
     log_name: ClassVar[str]
-    _layers: Any  # what subclasses do it with; it names its `silent` layers
+    _layers: Any  # what subclasses do it with; it names its `silent` layers and lets go of all in `detach`
 
     def __init__(
         self,
         layers: Layers,
-        layer_types: type[nn.Module] | list[type[nn.Module]] | None,
+        layer_types: LayerTypes | None,
         progress: Progress,
     ) -> None:
         super().__init__()
@@ -123,7 +126,7 @@ class LayerCallback(_Base):
         self._saw_first_batch |= batch_idx == 0
         if not (self._is_fresh and self._saw_first_batch and trainer.is_last_batch):
             return
-        error = silence(self._layers.silent())
+        error = silence_error(self._layers.silent())
         if self._progress.has_begun:
             ranks.raise_together(error, pl_module.device)
         elif error is not None:
@@ -132,7 +135,7 @@ class LayerCallback(_Base):
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Say so where the start was never reached."""
         progress = self._progress
-        if not (progress.has_begun or progress.is_late or _is_trial(trainer)):
+        if not (progress.has_begun or progress.is_late or is_trial(trainer)):
             self._warn(
                 f"start={progress.start!r} was not reached before training ended, so nothing was dropped"
             )
@@ -150,7 +153,11 @@ class LayerCallback(_Base):
         self._loaded = None
 
     def detach(self) -> None:
-        """Take all hooks off. Nothing happens where no hook is on."""
+        """Take all hooks off; labels stay, and learned regularisers stay in the model.
+
+        Nothing happens where no hook is on.
+        """
+        self._layers.detach()
         self._hooked = {}
         self._drop_prob_now = 0.0
         self._is_fresh = self._saw_first_batch = False
@@ -251,7 +258,7 @@ class LayerCallback(_Base):
 
     def _check_start(self, trainer: "Trainer") -> None:
         self._progress.check(trainer.max_epochs, trainer.max_steps)
-        if self._progress.is_late and not _is_trial(trainer):
+        if self._progress.is_late and not is_trial(trainer):
             self._warn(
                 f"start={self._progress.start!r}: training ends after max_epochs={trainer.max_epochs}, so "
                 "nothing will be dropped"
@@ -269,8 +276,15 @@ class LayerCallback(_Base):
         ranks.warn(message, type(self).__name__)
 
 
-def _is_trial(trainer: "Trainer") -> bool:
-    """Whether training is too short on purpose."""
+def is_trial(trainer: "Trainer") -> bool:
+    """Whether training is too short on purpose.
+
+    Args:
+        trainer: whose training it is.
+
+    Returns:
+        True with ``fast_dev_run``.
+    """
     return bool(getattr(trainer, "fast_dev_run", False))
 
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lightning_dropcluster.callbacks.base import LayerCallback, Layers
+from lightning_dropcluster.callbacks.base import LayerCallback, is_trial
 from lightning_dropcluster.checks import check_bool, check_choice, check_not_both, check_number
 from lightning_dropcluster.clustered_layers import ClusteredLayers, Report
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, TorchKMeans
 from lightning_dropcluster.clustering.protocol import check_clusterer
 from lightning_dropcluster.clusters import Clusters, read_initial_labels
+from lightning_dropcluster.layers import Layers, LayerTypes
 from lightning_dropcluster.logged_pictures import PictureLog
 from lightning_dropcluster.progress import Progress
 from lightning_dropcluster.reclustering import try_clusterer
@@ -115,7 +116,7 @@ class DropCluster(LayerCallback):
         paired: bool = False,
         position_weight: float = 0.0,
         overlap_steps: int = 0,
-        layer_types: type[nn.Module] | list[type[nn.Module]] | None = None,
+        layer_types: LayerTypes | None = None,
         initial_labels: str | PathLike[str] | Mapping[str, Tensor] | None = None,
         log_pictures: bool = True,
         seed: int = 0,
@@ -208,13 +209,8 @@ class DropCluster(LayerCallback):
         """Wait for labels that are still being made; say so where there never were any."""
         super().on_train_end(trainer, pl_module)
         self._layers.finish()
-        if not trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+        if not is_trial(trainer):
             self._warn_of_no_clusters()
-
-    def detach(self) -> None:
-        """Take all hooks off; the labels stay. Nothing happens where no hook is on."""
-        super().detach()
-        self._layers.detach()
 
     def _reset(self) -> None:
         super()._reset()

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_dropcluster.callbacks.base import LayerCallback, Layers
+from lightning_dropcluster.callbacks.base import LayerCallback
 from lightning_dropcluster.checks import check_choice, check_number
-from lightning_dropcluster.layers import select_layers
+from lightning_dropcluster.layers import Layers, LayerTypes, select_layers
 from lightning_dropcluster.progress import Progress
 from lightning_dropcluster.regularized_layers import RegularizedLayers, unregister
 from lightning_dropcluster.regularizers import REGULARIZERS
@@ -66,7 +66,7 @@ class StructuredDropout(LayerCallback):
         *,
         start: int | float = 0,
         schedule: str | Callable[[float], float] | None = None,
-        layer_types: type[nn.Module] | list[type[nn.Module]] | None = None,
+        layer_types: LayerTypes | None = None,
     ) -> None:
         if isinstance(regularizer, str):
             check_choice(
@@ -114,11 +114,6 @@ class StructuredDropout(LayerCallback):
         """Drop nothing outside training steps."""
         self._layers.end_step()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def detach(self) -> None:
-        """Take all hooks off; learned regularisers stay in the model. Nothing happens where no hook is on."""
-        super().detach()
-        self._layers.detach()
 
     def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if trainer.global_step == 0 and self._loaded is None:
