@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -37,12 +37,16 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True)
 class ImageData:
-    """A training split and one to score on; `mirror` says whether a mirrored image keeps its class."""
+    """A training split, one to score on, and one to calibrate on, if any.
+
+    `mirror` says whether a mirrored image keeps its class.
+    """
 
     train: Split
     test: Split
     classes: list[str]
     mirror: bool
+    calibration: Split | None = None
 
 
 def load(
@@ -51,6 +55,7 @@ def load(
     data_dir: str | None = None,
     train_samples: int | None = None,
     validation_samples: int | None = None,
+    calibration_samples: int = 0,
     seed: int = 0,
 ) -> ImageData:
     """Load a data set, its training split cut to a class-balanced subset on request.
@@ -64,10 +69,11 @@ def load(
             validation. The test split stays whole.
         validation_samples: take the split to score on from the other training images instead, and leave the
             test images unread.
+        calibration_samples: take so many of the other training images to calibrate on; 0 takes none.
         seed: chooses the subsets.
 
     Returns:
-        The two splits and the class names.
+        The splits and the class names.
 
     Raises:
         FileNotFoundError: if `data_dir`, or what should be in it, does not exist.
@@ -77,19 +83,25 @@ def load(
         raise ValueError(f"data must be one of {', '.join(get_args(DataName))}, got {data!r}")
     if data_dir is not None and data != "cifar10":
         raise ValueError(f"data_dir must be None unless data is 'cifar10', got {data_dir!r} with {data!r}")
-    choose = partial(training_subset, count=train_samples, left_out=validation_samples, seed=seed)
-    validate = None
-    if validation_samples is not None:
-        validate = partial(validation_subset, train=train_samples, count=validation_samples, seed=seed)
+    if validation_samples is not None and calibration_samples:
+        raise ValueError(f"calibration_samples must be 0 with validation_samples, got {calibration_samples}")
+    left_out = validation_samples if validation_samples is not None else calibration_samples or None
+    choose = partial(training_subset, count=train_samples, left_out=left_out, seed=seed)
+    others = partial(validation_subset, train=train_samples, count=left_out or 0, seed=seed)
     if data_dir is not None:
         files = find_files(data_dir)
-        train = read_split(files, "train", choose)
-        test = read_split(files, "train", validate) if validate else read_split(files, "test")
-        return ImageData(Split(*train), Split(*test), class_names(files), mirror=True)
-    whole = {"digits": _digits, "cifar10": _downloaded_cifar10, "fake": _fake}[data]()
-    train = Split(*whole.train[choose(whole.train.labels)])
-    test = Split(*whole.train[validate(whole.train.labels)]) if validate else whole.test
-    return replace(whole, train=train, test=test)
+        train = Split(*read_split(files, "train", choose))
+        apart = Split(*read_split(files, "train", others)) if left_out else None
+        test = Split(*read_split(files, "test")) if validation_samples is None else apart
+        classes, mirror = class_names(files), True
+    else:
+        whole = {"digits": _digits, "cifar10": _downloaded_cifar10, "fake": _fake}[data]()
+        train = Split(*whole.train[choose(whole.train.labels)])
+        apart = Split(*whole.train[others(whole.train.labels)]) if left_out else None
+        test = whole.test if validation_samples is None else apart
+        classes, mirror = whole.classes, whole.mirror
+    assert test is not None
+    return ImageData(train, test, classes, mirror, apart if calibration_samples else None)
 
 
 def training_subset(labels: Tensor, count: int | None, left_out: int | None, seed: int) -> Tensor:
@@ -103,7 +115,8 @@ def training_subset(labels: Tensor, count: int | None, left_out: int | None, see
     most = max(0, len(labels) - (1 if count is None else count))
     if not 1 <= left_out <= most:
         raise ValueError(
-            f"validation_samples must be in 1 to {most} (training images less train_samples), got {left_out}"
+            f"calibration_samples or validation_samples must be in 1 to {most} (training images less "
+            f"train_samples), got {left_out}"
         )
     return balanced_subset(labels, len(labels) - left_out if count is None else count, seed)
 

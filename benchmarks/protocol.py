@@ -154,4 +154,4 @@ def _tuning_run(stage: Stage, method: Method, change: dict[str, Any]) -> Run:
 
 def aside(stage: Stage) -> dict[str, Any]:
     """List the settings that leave the test images alone."""
-    return {"validation_samples": stage.validation_samples, "corrupted_samples": 0}
+    return {"validation_samples": stage.validation_samples, "corrupted_samples": 0, "calibration_samples": 0}

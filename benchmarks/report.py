@@ -51,6 +51,11 @@ METRICS = (
     Metric("corrupted NLL", lambda r: corrupted(r, "nll"), 1, 3),
     Metric("corrupted ECE %", lambda r: corrupted(r, "ece"), 100, 2),
 )
+SCALED = (
+    Metric("temperature", lambda r: number(r["scaled"]["temperature"]), 1, 2),
+    Metric("scaled NLL", lambda r: number(r["scaled"]["nll"]), 1, 3),
+    Metric("scaled ECE %", lambda r: number(r["scaled"]["ece"]), 100, 2),
+)
 
 
 @dataclass(frozen=True)
@@ -109,8 +114,9 @@ def markdown(stage: Stage, records: Sequence[Record]) -> Iterator[str]:
 
 def metrics(stage: Stage) -> tuple[Metric, ...]:
     """List the numbers that the stage's final runs have."""
-    explores = stage.explores or stage.base.corrupted_samples == 0
-    return METRICS[:3] if explores else METRICS
+    has_corrupted = stage.base.corrupted_samples > 0 and not stage.explores
+    has_scaled = stage.base.calibration_samples > 0 and not stage.explores
+    return (*METRICS[:3], *(METRICS[3:] if has_corrupted else ()), *(SCALED if has_scaled else ()))
 
 
 def compared(stage: Stage) -> list[tuple[str, str]]:

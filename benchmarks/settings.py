@@ -39,6 +39,8 @@ class Settings:
             images alone; by default the test images are what is scored.
         corrupted_samples: how many of the scored images, class-balanced and the same for every seed, are
             scored once more under each corruption.
+        calibration_samples: how many other training images, class-balanced too, a temperature is fitted on,
+            with which NLL and ECE are scored once more; none by default.
         augment: shift training images and mirror them where that keeps their class.
         regularizer: "none", "dropcluster", the name of another of the package's regularisers, which is
             attached by StructuredDropout, or "drop_path", timm's own, at a rate that grows from block to
@@ -82,6 +84,7 @@ class Settings:
     train_samples: int | None = None
     validation_samples: int | None = None
     corrupted_samples: int = 0
+    calibration_samples: int = 0
     augment: bool = False
     regularizer: RegularizerName = "none"
     layers: str | list[str] | None = None
@@ -121,6 +124,8 @@ class Settings:
             raise ValueError(f"pair_weight must be at least 0, got {self.pair_weight}")
         if self.corrupted_samples < 0:
             raise ValueError(f"corrupted_samples must be at least 0, got {self.corrupted_samples}")
+        if self.calibration_samples < 0:
+            raise ValueError(f"calibration_samples must be at least 0, got {self.calibration_samples}")
         if self.plot is not None and self.regularizer != "dropcluster":
             raise ValueError(f"plot must be None unless regularizer is 'dropcluster', got {self.plot!r}")
 

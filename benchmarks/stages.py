@@ -28,6 +28,7 @@ StageName = Literal[
     "resnet18-1000",
     "augmented-2000",
     "augmented-long-1000",
+    "scaled-1000",
 ]
 
 QUICK = Stage(
@@ -402,6 +403,18 @@ AUGMENTED_LONG_1000 = replace(
 )
 """With augmentation, but trained for so long that a network can learn its images by heart again."""
 
+SCALED_1000 = replace(
+    BLOCKS_1000,
+    base=replace(BLOCKS_1000.base, precision="32-true", corrupted_samples=0, calibration_samples=250),
+    methods=(
+        Method("DropCluster", {**_AFTER_ADD, **_CLUSTERS, "drop_prob": 0.35, "cluster_size": 16}),
+        Method("none"),
+        Method("Dropout", {**_AFTER_ADD, "regularizer": "dropout", "drop_prob": 0.3}),
+    ),
+    rounds=[((seed,), ("none", "DropCluster", "Dropout")) for seed in range(5)],
+)
+"""Whether what dropping gains is gained by temperature scaling as well, which costs nothing."""
+
 STAGES: dict[str, Stage] = {
     "quick": QUICK,
     "stem-2000": STEM_2000,
@@ -421,4 +434,5 @@ STAGES: dict[str, Stage] = {
     "resnet18-1000": RESNET18_1000,
     "augmented-2000": AUGMENTED_2000,
     "augmented-long-1000": AUGMENTED_LONG_1000,
+    "scaled-1000": SCALED_1000,
 }

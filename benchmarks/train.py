@@ -16,7 +16,7 @@ from data import ImageDataModule, load
 from methods import build_callback
 from models import build_model
 from record import parse, provenance, quiet, write_line
-from scoring import score, score_corrupted
+from scoring import score, score_corrupted, score_scaled
 from settings import Settings, arguments
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
@@ -42,6 +42,7 @@ class Classifier(RBlock, pl.LightningModule):
         super().__init__()
         self.model, self.lr, self.weight_decay, self.pair_weight = model, lr, weight_decay, pair_weight
         self.regularizer_lr = lr if regularizer_lr is None else regularizer_lr
+        self.temperature = 1.0
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.ece = MulticlassCalibrationError(num_classes, n_bins=15, norm="l1")
 
@@ -59,11 +60,14 @@ class Classifier(RBlock, pl.LightningModule):
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
-        logits = self(images)
+        logits = self(images) / self.temperature
         for metric in (self.accuracy, self.ece):
             metric.update(logits.softmax(1), labels)
         self.log_dict({"accuracy": self.accuracy, "ece": self.ece}, on_epoch=True)
         self.log("nll", F.cross_entropy(logits, labels), on_epoch=True, batch_size=len(labels))
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
+        return self(batch[0]), batch[1]
 
     def configure_optimizers(self) -> Any:
         learned = [p for m in self.modules() if isinstance(m, Regularizer) for p in m.parameters()]
@@ -83,8 +87,8 @@ def run(settings: Settings) -> dict[str, Any]:
 
     Returns:
         The record: accuracy, nll, ece, the split that they are of, corrupted (name to score to a list over
-        severities), seconds, recluster_seconds, versions, commit, device and arguments. Of paths only the
-        last part is kept.
+        severities), scaled (the scores after temperature scaling, and the temperature) if asked for, seconds,
+        recluster_seconds, versions, commit, device and arguments. Of paths only the last part is kept.
 
     Raises:
         FileNotFoundError: if there are no images in `data_dir`.
@@ -99,12 +103,14 @@ def run(settings: Settings) -> dict[str, Any]:
         seconds = timed_fit(trainer, classifier, batches)
         scores = score(trainer, classifier, batches.test_dataloader())
         corrupted = score_corrupted(trainer, classifier, batches, settings.corrupted_samples)
+        scaled = score_scaled(trainer, classifier, batches)
     if settings.plot and isinstance(callback, DropCluster):
         save_plot(callback, settings)
     return {
         **scores,
         "split": "test" if settings.validation_samples is None else "validation",
         "corrupted": corrupted,
+        **({"scaled": scaled} if scaled else {}),
         "seconds": round(seconds, 3),
         "recluster_seconds": round(getattr(callback, "recluster_seconds", 0.0), 3),
         **provenance(),
@@ -126,6 +132,7 @@ def build_batches(settings: Settings) -> ImageDataModule:
         data_dir=settings.data_dir,
         train_samples=settings.train_samples,
         validation_samples=settings.validation_samples,
+        calibration_samples=settings.calibration_samples,
         seed=settings.seed,
     )
     if settings.corrupted_samples > len(data.test):

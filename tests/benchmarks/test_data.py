@@ -46,6 +46,18 @@ def test_subsets_are_balanced_repeatable_and_nested(classes, seed, share):
     assert taken[taken < there].numel() == 0 or taken.max() - taken[taken < there].min() <= 1
 
 
+@pytest.mark.parametrize("train", [20, None])
+def test_images_to_calibrate_on_are_neither_trained_on_nor_tested(train):
+    plain, data = load("fake", train_samples=train), load("fake", train_samples=train, calibration_samples=30)
+    assert plain.calibration is None
+    assert data.calibration.labels.bincount().tolist() == [3] * 10
+    assert len(data.train) == (train or 50)
+    assert torch.equal(data.test.images, plain.test.images)
+    splits = (data.train, data.test, data.calibration)
+    images = [tuple(image.flatten().tolist()) for split in splits for image in split.images]
+    assert len(set(images)) == len(images)
+
+
 def test_another_seed_chooses_other_samples():
     labels = torch.arange(100) % 10
     assert not torch.equal(balanced_subset(labels, 30, 0), balanced_subset(labels, 30, 1))

@@ -5,14 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import hypothesis
 import pytest
 import torch
 from clusterers import Explained, MixedSizes
 from corruptions import CORRUPTIONS
 from demo import Demo
 from demo import main as demo_main
+from hypothesis import given
+from hypothesis import strategies as st
 from models import tell_channels
 from record import commit, device_name, parse, quiet, write_line
+from scoring import fit_temperature
 from settings import ClustersName, RegularizerName
 from train import Settings, build_batches, build_model, run
 from variants import VariantName
@@ -129,6 +133,23 @@ def test_corrupted_images_are_scored_by_name_and_severity():
         run(replace(TINY, corrupted_samples=41))
 
 
+def test_a_fitted_temperature_leaves_accuracy_as_it_is():
+    record = run(replace(TINY, train_samples=20, calibration_samples=20))
+    assert record["scaled"]["accuracy"] == record["accuracy"]
+    assert record["scaled"]["temperature"] != 1
+    with pytest.raises(ValueError, match="calibration_samples must be 0 with validation_samples, got 5"):
+        run(replace(TINY, train_samples=20, calibration_samples=5, validation_samples=5))
+
+
+@given(st.floats(0.1, 10), st.integers(0, 99))
+@hypothesis.settings(deadline=None, max_examples=20)
+def test_the_temperature_that_made_labels_unlikely_is_found_again(temperature, seed):
+    generator = torch.Generator().manual_seed(seed)
+    true = torch.randn(20_000, 3, generator=generator)
+    labels = true.softmax(1).multinomial(1, generator=generator).flatten()
+    assert fit_temperature(true * temperature, labels) == pytest.approx(temperature, rel=0.1)
+
+
 def test_no_plot_without_clusters(tmp_path):
     plot = tmp_path / "clusters.png"
     with pytest.warns(UserWarning, match=r"training ended before num_samples=9999"):
@@ -180,6 +201,7 @@ def test_unfit_models():
         ({"lr": float("nan")}, r"lr must be above 0, got nan"),
         ({"regularizer_lr": 0.0}, r"regularizer_lr must be above 0, got 0\.0"),
         ({"corrupted_samples": -1}, r"corrupted_samples must be at least 0, got -1"),
+        ({"calibration_samples": -1}, r"calibration_samples must be at least 0, got -1"),
         ({"pair_weight": -1.0}, r"pair_weight must be at least 0, got -1\.0"),
         ({"plot": "clusters.png"}, r"plot must be None unless regularizer is 'dropcluster'"),
     ],
