@@ -109,6 +109,7 @@ def test_every_kind_of_clusters_pairs_and_variants_train_otherwise():
     assert tuple(scores(run(replace(DROP, drop_prob=0.5, any_layer=True)))) == found[0]
 
 
+@pytest.mark.filterwarnings("ignore:.*is lowered to the number of distinct profiles")
 @pytest.mark.parametrize(("name", "kind"), [("mixed-sizes", MixedSizes), ("explained", Explained)])
 def test_ideas_for_clusters_are_asked_for_by_name(name, kind, monkeypatch):
     asked, fit = [], kind.fit
