@@ -91,7 +91,7 @@ def layers(
     kinds = None
     if any_layer:
         if match is None:
-            raise ValueError("any_layer=True: needs --match, or every module would be picked")
+            raise ValueError("--any-layer: needs --match, or every module would be picked")
         kinds = nn.Module
         settings |= {"layers": [_is_conv, *match], "layer_types": kinds}
     shape = parse_size(input)

@@ -173,8 +173,13 @@ def format_bytes(size: int) -> str:
     Example:
         >>> format_bytes(2_195_459)
         '2.2 MB'
+        >>> format_bytes(4_224)
+        '4.2 kB'
     """
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+    for unit, bytes_in_it in (("GB", 1e9), ("MB", 1e6)):
+        if size >= bytes_in_it:
+            return f"{size / bytes_in_it:,.1f} {unit}"
+    return f"{size / 1e3:,.1f} kB"
 
 
 def _describe(

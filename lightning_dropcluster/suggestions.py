@@ -103,7 +103,8 @@ def suggest_stages(calls: Sequence[Call]) -> list[str]:
         calls: as for `suggest_patterns`.
 
     Returns:
-        Names, without that of the stem; none where stages do not end with maps of several positions.
+        Names, without that of a stem that is one conv; none where stages do not end with maps of several
+        positions.
     """
     stem = next((call for call in calls if call.is_conv), None)
     stages = dict(_stages(calls))

@@ -108,7 +108,7 @@ def test_a_pipe_gets_whole_names(capsys, monkeypatch):
             ["resnet18", "--match", "layr1.conv"],
             "layers='layr1.conv' matches no layer; nearest .*layer1.0.conv1",
         ),
-        (["resnet18", "--any-layer"], "any_layer=True: needs --match"),
+        (["resnet18", "--any-layer"], "--any-layer: needs --match"),
         (["resnet18", "--input", "3x7"], "input='3x7': must be a size such as 3x224x224 or 224"),
         (["resnet18", "--scope", "maps"], "scope='maps': must be one of map, position"),
         (["vit_tiny_patch16_224", "--input", "32"], "does not run on input=.*doesn't match model"),

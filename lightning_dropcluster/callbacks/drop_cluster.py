@@ -61,15 +61,16 @@ class DropCluster(LayerCallback):
             nor the next is given.
         every_n_train_steps: recluster every that many optimiser steps instead.
         num_samples: samples gathered for each reclustering, over all ranks.
-        sketch_dim: dimensions of the sketch; memory is features x sketch_dim.
+        sketch_dim: dimensions of the sketch; memory is features x (sketch_dim + 2) x 4 bytes.
         sketch_momentum: above 0, below 1, clusters are made of earlier windows too: the share of the
             correlations so far that stays when a window is added. Small windows then suffice, as in
             ``every_n_train_steps=20, num_samples=128, sketch_momentum=0.5``.
-        clusterer: any object with ``fit`` as in `Clusterer`; `FaissKMeans` where it is ``None``.
+        clusterer: any object with ``fit`` as in `Clusterer`; `FaissKMeans` where it is ``None``, on macOS
+            `TorchKMeans`.
         per_sample: draw for each sample, or once for the whole batch.
         rescale: ``"batch"`` scales what is kept by (number of features) / (number kept) over the batch,
             ``"expected"`` by 1 / (1 - drop_prob).
-        paired: with `RBlock`: the two halves of each batch drop other clusters, see `draw_uniform`. Needs
+        paired: with `RBlock`: the two halves of each batch drop different clusters, see `draw_uniform`. Needs
             ``per_sample``.
         position_weight: above 0, the row and column of a feature count in the clustering; this is the
             distance between opposite edges of a map, where uncorrelated profiles have a distance of 1.41;

@@ -77,7 +77,7 @@ def draw_keep_table(
         drop_prob: probability in [0, 1) that a cluster is dropped; a 0-d tensor avoids recompilation.
         device: where to draw.
         shift: in [0, 1), added to the uniform draw modulo 1, so that ranks which are seeded alike draw apart.
-        paired: whether the two halves of the samples are to drop other clusters, see `draw_uniform`.
+        paired: whether the two halves of the samples are to drop different clusters, see `draw_uniform`.
 
     Returns:
         A bool table of that shape, True where the cluster stays.

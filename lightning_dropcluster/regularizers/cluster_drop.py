@@ -27,8 +27,8 @@ class ClusterDrop(DropRegularizer):
         per_sample: True draws for each sample, False once for the whole batch.
         rescale: ``"batch"`` scales what is kept by (number of features) / (number kept) over the batch,
             ``"expected"`` by 1 / (1 - drop_prob).
-        paired: whether the two halves of each batch are to drop other clusters, for the pairs of R-Block: see
-            `draw_uniform`. Needs ``per_sample``.
+        paired: whether the two halves of each batch are to drop different clusters, for the pairs of R-Block:
+            see `draw_uniform`. Needs ``per_sample``.
         shift: see `Regularizer`.
         inplace: whether to overwrite the input; not under ``torch.compile``, which plans memory itself.
 
