@@ -20,7 +20,22 @@ _FAR = 1e4  # profiles have unit length, so nothing is ever assigned to a centro
 
 
 class KMeans:
-    """What k-means clusterers share: their settings, as `FaissKMeans` explains them, and where they start."""
+    """What k-means clusterers share: their settings, and where they start.
+
+    Args:
+        max_iter: iterations at most from a cold start.
+        warm_iter: iterations at most from a warm start.
+        tolerance: stop when an iteration lowers the inertia by less than this share of it.
+        min_share: clusters below this share of the mean size are merged away, see `repair`.
+        max_share: clusters above this share of the mean size are split, see `repair`; at least 2,
+            infinity for no bound.
+        seed: of the items taken where the start needs random ones; the same seed and profiles give the same
+            labels.
+
+    Raises:
+        TypeError: where an argument is no number of the kind wanted.
+        ValueError: where it is out of its range.
+    """
 
     def __init__(
         self,
