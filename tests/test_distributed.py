@@ -26,7 +26,7 @@ LAYERS = "layer[12].*.conv2"  # of 8 maps each
 
 
 class Counting(FaissKMeans):
-    """Count the problems of each call but the first, which is the callback's trial."""
+    """Count the problems of each call but the first two, which are the callback's trial."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def train(world_size: int, options: dict, num_samples: int = 48, batch_size: int
     callback, watch = make_callback(clusterer=clusterer, **options), WatchMasks("model.layer1.0.conv2")
     module, loader = Classifier(), make_loader(num_samples, batch_size)
     told = fit(callback, module, loader, watch, **ddp(world_size))
-    return told | {"problems": clusterer.problems[1:], "dropped": watch.dropped, "generator": watch.generator}
+    return told | {"problems": clusterer.problems[2:], "dropped": watch.dropped, "generator": watch.generator}
 
 
 def column(told: dict, name: str) -> list:
@@ -196,7 +196,7 @@ def train_failing(world_size: int, error: Exception, rank: int, call: int, overl
 @pytest.mark.parametrize(("world_size", "overlap_steps"), [(2, 0), (2, 2), (4, 0)])
 def test_an_error_in_the_clusterer_of_one_rank_surfaces_on_all(world_size, overlap_steps, tmp_path):
     error = ValueError("out of luck")
-    results = run_ranks(train_failing, world_size, tmp_path, world_size, error, 1, 4, overlap_steps)
+    results = run_ranks(train_failing, world_size, tmp_path, world_size, error, 1, 5, overlap_steps)
     for rank, told in enumerate(results):
         assert told["hooks"] == 0
         if rank == 1:
@@ -208,7 +208,7 @@ def test_an_error_in_the_clusterer_of_one_rank_surfaces_on_all(world_size, overl
 @pytest.mark.long
 @pytest.mark.parametrize("rank", [0, 1])
 def test_out_of_memory_on_one_rank_keeps_the_old_labels_on_all(rank, tmp_path):
-    results = run_ranks(train_failing, 2, tmp_path, 2, MemoryError("too much"), rank, 4, 0)
+    results = run_ranks(train_failing, 2, tmp_path, 2, MemoryError("too much"), rank, 5, 0)
     assert_alike(results)
     assert len(set(column(results[0], "labels"))) == 3  # none, the first and the third
     cause = "too much" if rank == 0 else "on another rank"
@@ -309,7 +309,7 @@ def train_sharded(path: Path) -> dict:
     strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False, timeout=timeout)
     told = fit(callback, module, make_loader(48, 4), At(save), strategy=strategy, devices=2)
     sharded = sum(isinstance(parameter, DTensor) for parameter in module.parameters())
-    return told | {"problems": clusterer.problems[1:], "sharded": sharded}
+    return told | {"problems": clusterer.problems[2:], "sharded": sharded}
 
 
 @pytest.mark.long

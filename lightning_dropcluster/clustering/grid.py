@@ -98,7 +98,7 @@ def _fit_each(cluster: Cluster, profiles: Tensor, num_clusters: int, grid: tuple
         raise ValueError("clusterer: Ward and ReNA join neighbours on a grid, and scope='channel' has none")
     labels = np.zeros(profiles.shape[:2], dtype=np.int64)
     count = min(num_clusters, labels.shape[1])
-    nearest = nearest_alive(is_alive(profiles), grid).cpu()
+    nearest = nearest_alive(is_alive(profiles), grid or (1,)).cpu()
     for row, points, source in zip(labels, profiles.cpu(), nearest, strict=True):
         if count > 1 and source[0] >= 0:
             row[:] = cluster(points[source].numpy(), count, grid)
