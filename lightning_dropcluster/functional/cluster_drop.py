@@ -145,25 +145,28 @@ def _kept_ratio(keep: Tensor, sizes: Tensor, num_features: int) -> Tensor:
 def _multiply(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor, inplace: bool) -> Tensor:
     """Multiply by the looked-up table, in the order in which the activation lies in memory."""
     table = (keep * scale).to(x.dtype)
-    if x.is_contiguous() or not x.movedim(1, -1).is_contiguous():
-        return _multiply_in_order(x, labels.long(), table, inplace)
-    first = 0 if table.shape[1] == 1 else torch.arange(table.shape[1], device=x.device) * table.shape[2]
-    index = labels.movedim(0, -1).long() + first
-    out = _multiply_in_order(x.movedim(1, -1), index, table.flatten(1)[:, None], inplace)
-    return x if inplace else out.movedim(-1, 1)
-
-
-def _multiply_in_order(x: Tensor, index: Tensor, table: Tensor, inplace: bool) -> Tensor:
-    """Multiply x (N, R, ...) by table (N or 1, R or 1, K) at index (R or 1, ...)."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        mask = _look_up(table, index)
+    if torch.compiler.is_compiling():  # which plans order and memory itself
+        mask = _look_up(table, labels.long())
         return x.mul_(mask) if inplace else x * mask
-    out = x if inplace else torch.empty_like(x)
+    out = x if inplace else torch.empty_like(x)  # no view: the model may write into what it is given
+    if x.is_contiguous() or not x.movedim(1, -1).is_contiguous():
+        _multiply_into(out, x, labels.long(), table)
+    else:
+        first = 0 if table.shape[1] == 1 else torch.arange(table.shape[1], device=x.device) * table.shape[2]
+        index = labels.movedim(0, -1).long() + first
+        _multiply_into(out.movedim(1, -1), x.movedim(1, -1), index, table.flatten(1)[:, None])
+    return out
+
+
+def _multiply_into(out: Tensor, x: Tensor, index: Tensor, table: Tensor) -> None:
+    """Multiply x (N, R, ...) by table (N or 1, R or 1, K) at index (R or 1, ...)."""
+    if x.device.type != "cpu":
+        torch.mul(x, _look_up(table, index), out=out)
+        return
     # A few samples at a time: their mask stays in the cache.
     samples = max(1, _SLICE // max(1, index.numel())) if len(table) > 1 else len(x)
     for part, rows, target in zip(x.split(samples), table.split(samples), out.split(samples), strict=True):
         torch.mul(part, _look_up(rows, index), out=target)
-    return out
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:

@@ -122,6 +122,14 @@ class TestRegularizer:
         assert out.stride() == last.stride()
         torch.testing.assert_close(out, seeded(make(name), x))
 
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+    def test_lets_the_model_write_into_its_output(self, name, memory_format):
+        x = make_input().contiguous(memory_format=memory_format).requires_grad_()
+        seeded(make(name), x).relu_().sum().backward()
+        other = make_input().contiguous(memory_format=memory_format).requires_grad_()
+        seeded(make(name), other).relu().sum().backward()
+        assert torch.equal(x.grad, other.grad)
+
     def test_leaves_its_input_alone(self, name):
         x = make_input()
         before = x.clone()
