@@ -49,6 +49,6 @@ def test_memory_is_seen_while_it_is_held():
     def hold():
         return torch.ones(2**24).sum()
 
-    # Once, the kernel may take back as much of other memory at the same time.
-    added = [added_memory(hold, CPU) for _ in range(3)]
+    # Some times the kernel takes back as much of other memory at the same time.
+    added = [added_memory(hold, CPU) for _ in range(20)]
     assert None in added or max(added) > 2**25
