@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,13 @@ class ImageData:
     mirror: bool
     calibration: Split | None = None
 
+    def read(
+        self, split: Literal["train", "test"], choose: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Take one split, or a choice of it; see `read_split`."""
+        whole = {"train": self.train, "test": self.test}[split]
+        return (whole.images, whole.labels) if choose is None else whole[choose(whole.labels)]
+
 
 def load(
     data: DataName,
@@ -86,22 +94,20 @@ def load(
     if validation_samples is not None and calibration_samples:
         raise ValueError(f"calibration_samples must be 0 with validation_samples, got {calibration_samples}")
     left_out = validation_samples if validation_samples is not None else calibration_samples or None
-    choose = partial(training_subset, count=train_samples, left_out=left_out, seed=seed)
-    others = partial(validation_subset, train=train_samples, count=left_out or 0, seed=seed)
     if data_dir is not None:
         files = find_files(data_dir)
-        train = Split(*read_split(files, "train", choose))
-        apart = Split(*read_split(files, "train", others)) if left_out else None
-        test = Split(*read_split(files, "test")) if validation_samples is None else apart
-        classes, mirror = class_names(files), True
+        classes, mirror, read = class_names(files), True, partial(read_split, files)
     else:
         whole = {"digits": _digits, "cifar10": _downloaded_cifar10, "fake": _fake}[data]()
-        train = Split(*whole.train[choose(whole.train.labels)])
-        apart = Split(*whole.train[others(whole.train.labels)]) if left_out else None
-        test = whole.test if validation_samples is None else apart
-        classes, mirror = whole.classes, whole.mirror
-    assert test is not None
-    return ImageData(train, test, classes, mirror, apart if calibration_samples else None)
+        classes, mirror, read = whole.classes, whole.mirror, whole.read
+    train = Split(*read("train", partial(training_subset, count=train_samples, left_out=left_out, seed=seed)))
+    if left_out is None:
+        return ImageData(train, Split(*read("test")), classes, mirror)
+    others = partial(validation_subset, train=train_samples, count=left_out, seed=seed)
+    apart = Split(*read("train", others))
+    if validation_samples is not None:
+        return ImageData(train, apart, classes, mirror)
+    return ImageData(train, Split(*read("test")), classes, mirror, apart)
 
 
 def training_subset(labels: Tensor, count: int | None, left_out: int | None, seed: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isnan, nan
 from pathlib import Path
 from statistics import fmean
@@ -65,21 +65,32 @@ class Options:
     Args:
         records: JSON-lines file that `compare.py` wrote.
         stage: whose runs to report.
+        against: method that all others are set against; by default the first of the stage is set against all.
+        seeds: leave out seeds from this number on, to set methods with few seeds beside those with more.
         plot: PNG file for the picture.
     """
 
     records: str = "compare.jsonl"
     stage: StageName = "quick"
+    against: str | None = None
+    seeds: int | None = None
     plot: str | None = None
 
 
 def main(options: Options) -> None:
     """Print the tables, and draw the picture on request."""
     stage, records = STAGES[options.stage], read_records(options.records)
-    print("\n".join(markdown(stage, records)))
+    if options.seeds is not None:
+        stage = with_seeds_below(options.seeds, stage)
+    print("\n".join(markdown(stage, records, options.against)))
     if options.plot is not None:
         Path(options.plot).parent.mkdir(parents=True, exist_ok=True)
         draw(stage, records).savefig(options.plot)
+
+
+def with_seeds_below(most: int, stage: Stage) -> Stage:
+    """Leave out the final runs of seeds from a number on."""
+    return replace(stage, rounds=[([s for s in seeds if s < most], names) for seeds, names in stage.rounds])
 
 
 def collect(stage: Stage, records: Sequence[Record], metric: Metric) -> Values:
@@ -92,7 +103,7 @@ def collect(stage: Stage, records: Sequence[Record], metric: Metric) -> Values:
     return {method: by_seed for method, by_seed in values.items() if by_seed}
 
 
-def markdown(stage: Stage, records: Sequence[Record]) -> Iterator[str]:
+def markdown(stage: Stage, records: Sequence[Record], against: str | None = None) -> Iterator[str]:
     """Yield the lines of three tables: tuning, means over seeds, and differences paired by seed."""
     if tuning_runs(stage):
         yield from tuning_table(stage, records)
@@ -104,7 +115,7 @@ def markdown(stage: Stage, records: Sequence[Record]) -> Iterator[str]:
         yield _row(method, str(len(by_seed)), *cells)
     yield ""
     yield from _header("difference", "pairs", *(metric.name for metric in columns))
-    for method, less in compared(stage):
+    for method, less in compared(stage, against):
         pairs = {m: difference(of.get(method, {}), of.get(less, {})) for m, of in columns.items()}
         cells = [_cell(pair, m.digits, signed=True) for m, pair in pairs.items() if pair]
         if cells:
@@ -119,8 +130,21 @@ def metrics(stage: Stage) -> tuple[Metric, ...]:
     return (*METRICS[:3], *(METRICS[3:] if has_corrupted else ()), *(SCALED if has_scaled else ()))
 
 
-def compared(stage: Stage) -> list[tuple[str, str]]:
-    """List which method is set against which: each against its control, and the first against all."""
+def compared(stage: Stage, against: str | None = None) -> list[tuple[str, str]]:
+    """List which method is set against which: each against its control, and the first against all.
+
+    Args:
+        stage: the comparison.
+        against: set all against this method instead.
+
+    Raises:
+        ValueError: if the stage has no such method.
+    """
+    names = [method.name for method in stage.methods]
+    if against is not None:
+        if against not in names:
+            raise ValueError(f"against must be one of {', '.join(names)}, got {against!r}")
+        return [(name, against) for name in names if name != against]
     controls = [(method.like, method.name) for method in stage.methods if method.like]
     first = stage.methods[0].name
     others = [(first, method.name) for method in stage.methods if method.name != first]

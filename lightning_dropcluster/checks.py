@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MAX_INT = 2**31 - 1
+"""The largest seed and count that FAISS takes: C's int."""
+
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 

@@ -382,6 +382,9 @@ class ClusteredLayers:
 
 
 def _may_overwrite_output(layer: nn.Module) -> bool:
-    """A conv's backward pass does not need its output, nor does anybody else if no other hook saw it."""
+    """A conv's backward pass does not need its output, nor does anybody else if no other hook saw it.
+
+    One with a ``forward`` of its own may hand its input on.
+    """
     is_a_conv = type(layer) in CONV_LAYERS and "forward" not in vars(layer)
     return is_a_conv and len(layer._forward_hooks) == 1 and not _global_forward_hooks

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dropcluster.checks import check_number
+from lightning_dropcluster.checks import MAX_INT, check_number
 from lightning_dropcluster.layers import Layers, LayerTypes, select_layers
 from lightning_dropcluster.scopes import SCOPES, Grouping, Shape
 from lightning_dropcluster.sketch import Sketch
@@ -151,8 +151,8 @@ def preview(
     """
     grouping = Grouping(scope, num_clusters, cluster_size)
     sizes = {
-        "num_samples": check_number("num_samples", num_samples, 1, integer=True),
-        "sketch_dim": check_number("sketch_dim", sketch_dim, 1, integer=True),
+        "num_samples": check_number("num_samples", num_samples, 1, MAX_INT, integer=True),
+        "sketch_dim": check_number("sketch_dim", sketch_dim, 1, MAX_INT, integer=True),
     }
     picked = select_layers(module, layers, layer_types)
     calls = _trace(module, picked, example_input)

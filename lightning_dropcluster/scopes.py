@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_dropcluster.checks import check_choice, check_not_both, check_number
+from lightning_dropcluster.checks import MAX_INT, check_choice, check_not_both, check_number
 
 Shape = tuple[int, ...]
 """A layer's output shape without the batch: (C, *spatial)."""
@@ -107,7 +107,6 @@ positions for all maps), ``layer`` (all features together), ``channel`` (whole m
 
 _CLUSTER_SIZE = 16.0
 _MAX_LAYER_CLUSTERS = 4096
-_MAX_INT = 2**31 - 1  # FAISS counts in C's int
 _MAX_POSITION_WEIGHT = 1e6  # where squares overflow, FAISS ends the process
 
 
@@ -135,7 +134,7 @@ class Grouping:
         check_choice("scope", self.scope, SCOPES)
         check_not_both("num_clusters", self.num_clusters, "cluster_size", self.cluster_size)
         if self.num_clusters is not None:
-            most = _MAX_LAYER_CLUSTERS if self.scope == "layer" else _MAX_INT
+            most = _MAX_LAYER_CLUSTERS if self.scope == "layer" else MAX_INT
             self.num_clusters = check_number("num_clusters", self.num_clusters, 1, most, integer=True)
         if self.cluster_size is not None:
             self.cluster_size = check_number("cluster_size", self.cluster_size, 1)

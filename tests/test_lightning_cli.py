@@ -89,7 +89,7 @@ def test_yaml(namespace, tmp_path, monkeypatch):
     first, second = (c for c in ran.trainer.callbacks if isinstance(c, DropCluster))
     assert list(first.labels) == ["model.layer1.0.conv2", "model.layer2.0.conv2"]
     assert list(second.labels) == ["model.conv1", "model.layer3.0.conv1"]
-    assert isinstance(second._layers.clusterer, TorchKMeans)
+    assert type(second._layers.clusterer) is TorchKMeans
     assert second._layers.clusterer.max_iter == 7
     assert second.layer_types == [nn.Conv2d, nn.BatchNorm2d]
     structured = [c for c in ran.trainer.callbacks if isinstance(c, StructuredDropout)]

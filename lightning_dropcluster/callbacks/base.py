@@ -9,13 +9,7 @@ from torch import nn
 
 from lightning_dropcluster import ranks
 from lightning_dropcluster.injection import silence_error
-from lightning_dropcluster.layers import (
-    Layers,
-    LayerTypes,
-    check_layer_types,
-    check_patterns,
-    select_layers,
-)
+from lightning_dropcluster.layers import Layers, LayerTypes, check_layer_types, check_patterns, select_layers
 from lightning_dropcluster.progress import Progress, TrainingPosition
 
 if TYPE_CHECKING:

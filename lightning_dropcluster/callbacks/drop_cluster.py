@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lightning_dropcluster.callbacks.base import LayerCallback, is_trial
-from lightning_dropcluster.checks import check_bool, check_choice, check_not_both, check_number
+from lightning_dropcluster.checks import MAX_INT, check_bool, check_choice, check_not_both, check_number
 from lightning_dropcluster.clustered_layers import ClusteredLayers, Report
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, TorchKMeans
 from lightning_dropcluster.clustering.protocol import check_clusterer
@@ -26,8 +26,6 @@ from lightning_dropcluster.waiting import WaitingLine
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
-
-_MAX_INT = 2**31 - 1  # FAISS has seeds and counts in C's int
 
 
 class DropCluster(LayerCallback):
@@ -129,8 +127,8 @@ class DropCluster(LayerCallback):
             every_n_epochs = check_number("every_n_epochs", every_n_epochs, 0, integer=True)
         if every_n_train_steps is not None:
             every_n_train_steps = check_number("every_n_train_steps", every_n_train_steps, 0, integer=True)
-        num_samples = check_number("num_samples", num_samples, 1, _MAX_INT, integer=True)
-        sketch_dim = check_number("sketch_dim", sketch_dim, 1, _MAX_INT, integer=True)
+        num_samples = check_number("num_samples", num_samples, 1, MAX_INT, integer=True)
+        sketch_dim = check_number("sketch_dim", sketch_dim, 1, MAX_INT, integer=True)
         sketch_momentum = check_number("sketch_momentum", sketch_momentum, 0, 1, high_open=True)
         if clusterer is not None:
             check_clusterer(clusterer)
@@ -141,7 +139,7 @@ class DropCluster(LayerCallback):
         check_bool("log_pictures", log_pictures)
         check_choice("rescale", rescale, RESCALES)
         overlap_steps = check_number("overlap_steps", overlap_steps, 0, integer=True)
-        seed = check_number("seed", seed, 0, _MAX_INT, integer=True)
+        seed = check_number("seed", seed, 0, MAX_INT, integer=True)
 
         progress = Progress(start, make_schedule(schedule), every_n_epochs, every_n_train_steps)
         super().__init__(layers, layer_types, progress)

@@ -12,36 +12,18 @@ from torch import Tensor
 
 from lightning_dropcluster.clustering.protocol import is_alive
 from lightning_dropcluster.clustering.repair import Labels, Points, centroids, repair
-from lightning_dropcluster.clustering.torch_kmeans import KMeans
+from lightning_dropcluster.clustering.torch_kmeans import TorchKMeans
 
 _PARTS = 8  # of the work for each thread of the pool
 _GPU_LOCK = Lock()
 _GPU_SCRATCH = 128 * 2**20  # bytes; FAISS would take 1.5 GiB outside torch's allocator
 
 
-class FaissKMeans(KMeans):
-    """K-means by FAISS, on the device of the profiles.
+class FaissKMeans(TorchKMeans):
+    """K-means by FAISS, on the device of the profiles; for settings see `TorchKMeans`.
 
     On a CPU each problem is one ``faiss.Kmeans`` with one FAISS thread, and a pool works on as many problems
     at a time as torch has threads. On a GPU FAISS assigns all points on the device and torch averages.
-
-    A cold start is from the tiles of the grid (see `tile`), from random items where there is no grid. A warm
-    start needs few iterations: after one from the labels of another window, clusters were already better than
-    where a cold start ended (benchmarks/README.md).
-
-    Args:
-        max_iter: iterations at most from a cold start.
-        warm_iter: iterations at most from a warm start.
-        tolerance: stop when an iteration lowers the inertia by less than this share of it.
-        min_share: clusters below this share of the mean size are merged away, see `repair`.
-        max_share: clusters above this share of the mean size are split, see `repair`; at least 2,
-            infinity for no bound.
-        seed: of the items taken where the start needs random ones; the same seed and profiles give the same
-            labels.
-
-    Raises:
-        TypeError: where an argument is no number of the kind wanted.
-        ValueError: where it is out of its range.
 
     Example:
         >>> FaissKMeans().fit(torch.eye(4)[None], num_clusters=4).unique().tolist()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_dropcluster.checks import check_number
+from lightning_dropcluster.checks import MAX_INT, check_number
 from lightning_dropcluster.clustering.protocol import is_alive
 from lightning_dropcluster.clustering.repair import repair
 from lightning_dropcluster.clustering.tiles import tile
@@ -15,12 +15,15 @@ Assign = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(points (B, F, D), centroids (B, K, D)) -> (labels (B, F) int64, squared distances (B, F))."""
 
 _BLOCK = 2**21  # distances held at a time, which the caches of a CPU hold too
-_MAX_INT = 2**31 - 1  # FAISS has seeds and counts in C's int
 _FAR = 1e4  # profiles have unit length, so nothing is ever assigned to a centroid out here
 
 
-class KMeans:
-    """What k-means clusterers share: their settings, and where they start.
+class TorchKMeans:
+    """K-means by Lloyd's iterations in torch, all problems of a block together.
+
+    A cold start is from the tiles of the grid (see `tile`), from random items where there is no grid. A warm
+    start needs few iterations: after one from the labels of another window, clusters were already better than
+    where a cold start ended (benchmarks/README.md).
 
     Args:
         max_iter: iterations at most from a cold start.
@@ -35,6 +38,10 @@ class KMeans:
     Raises:
         TypeError: where an argument is no number of the kind wanted.
         ValueError: where it is out of its range.
+
+    Example:
+        >>> TorchKMeans().fit(torch.eye(4)[None], num_clusters=4).unique().tolist()
+        [0, 1, 2, 3]
     """
 
     def __init__(
@@ -47,16 +54,36 @@ class KMeans:
         max_share: float = 4.0,
         seed: int = 0,
     ) -> None:
-        self.max_iter = check_number("max_iter", max_iter, 1, _MAX_INT, integer=True)
-        self.warm_iter = check_number("warm_iter", warm_iter, 1, _MAX_INT, integer=True)
+        self.max_iter = check_number("max_iter", max_iter, 1, MAX_INT, integer=True)
+        self.warm_iter = check_number("warm_iter", warm_iter, 1, MAX_INT, integer=True)
         self.tolerance = check_number("tolerance", tolerance, 0)
         self.min_share = check_number("min_share", min_share, 0, 0.5)
         self.max_share = max_share if max_share == math.inf else check_number("max_share", max_share, 2)
-        self.seed = check_number("seed", seed, 0, _MAX_INT, integer=True)
+        self.seed = check_number("seed", seed, 0, MAX_INT, integer=True)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({settings})"
+
+    def fit(
+        self,
+        profiles: Tensor,
+        num_clusters: int,
+        init_labels: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """Group the items of B independent problems; see `Clusterer.fit`.
+
+        Args:
+            profiles: (B, F, D) float32.
+            num_clusters: K.
+            init_labels: (B, F) for a warm start: the first centroids are the means of these clusters.
+            grid: whose tiles a cold start takes.
+
+        Returns:
+            int64 labels (B, F) on the profiles' device.
+        """
+        return self._lloyd(profiles, num_clusters, init_labels, grid, assign_nearest)
 
     def _start(
         self, profiles: Tensor, num_clusters: int, init_labels: Tensor | None, grid: tuple[int, ...] | None
@@ -89,35 +116,6 @@ class KMeans:
             max_share=self.max_share,
             seed=self.seed,
         )
-
-
-class TorchKMeans(KMeans):
-    """K-means by Lloyd's iterations in torch, all problems of a block together; settings as of `FaissKMeans`.
-
-    Example:
-        >>> TorchKMeans().fit(torch.eye(4)[None], num_clusters=4).unique().tolist()
-        [0, 1, 2, 3]
-    """
-
-    def fit(
-        self,
-        profiles: Tensor,
-        num_clusters: int,
-        init_labels: Tensor | None = None,
-        grid: tuple[int, ...] | None = None,
-    ) -> Tensor:
-        """Group the items of B independent problems; see `Clusterer.fit`.
-
-        Args:
-            profiles: (B, F, D) float32.
-            num_clusters: K.
-            init_labels: (B, F) for a warm start: the first centroids are the means of these clusters.
-            grid: whose tiles a cold start takes.
-
-        Returns:
-            int64 labels (B, F) on the profiles' device.
-        """
-        return self._lloyd(profiles, num_clusters, init_labels, grid, assign_nearest)
 
 
 def lloyd(

@@ -8,7 +8,7 @@ from compare import Options, main, read_records, remaining, words
 from paired import difference, estimate
 from protocol import Method, Stage, choose, final_runs, tuning_runs
 from record import parse
-from report import METRICS, collect, draw, markdown
+from report import METRICS, collect, compared, draw, markdown, with_seeds_below
 from report import Options as ReportOptions
 from report import main as report_main
 from scipy import stats
@@ -224,6 +224,19 @@ def test_lines_are_json(tmp_path):
     out = tmp_path / "r.jsonl"
     out.write_text(json.dumps({"a": 1}) + "\n")
     assert read_records(str(out)) == [{"a": 1}]
+
+
+def test_reports_set_all_against_a_method_of_choice():
+    assert compared(STAGE) == [("dropped", "control"), ("dropped", "none")]
+    assert compared(STAGE, "none") == [("dropped", "none"), ("control", "none")]
+    with pytest.raises(ValueError, match="against must be one of dropped, control, none, got 'nobody'"):
+        compared(STAGE, "nobody")
+
+
+def test_reports_leave_out_seeds_from_a_number_on():
+    runs = final_runs(with_seeds_below(1, STAGE), TUNED)
+    assert runs == [run for run in final_runs(STAGE, TUNED) if run.settings.seed < 1]
+    assert {run.method for run in runs} == {"dropped", "control", "none"}
 
 
 def test_a_run_that_diverged_is_reported_as_such():
