@@ -30,6 +30,7 @@ class Options:
         stage: a name from `stages.py`.
         out: JSON-lines file with the record of each finished run; runs that are in it are not run again.
         data_dir: see `train.py`.
+        weights: a file to take in place of what timm downloads, in stages that start from trained weights.
         jobs: runs at a time, each a process.
         threads: of each run.
         launcher: words before each command, such as "nice -n 10" or "srun --exclusive".
@@ -39,6 +40,7 @@ class Options:
     stage: StageName = "quick"
     out: str = "compare.jsonl"
     data_dir: str | None = None
+    weights: str | None = None
     jobs: int = 1
     threads: int = 1
     launcher: str = ""
@@ -57,7 +59,10 @@ def main(options: Options) -> int:
         The number of runs that are missing in the end.
     """
     stage = STAGES[options.stage]
-    stage = replace(stage, base=replace(stage.base, data_dir=options.data_dir, progress_bar=False))
+    base = replace(stage.base, data_dir=options.data_dir, progress_bar=False)
+    if options.weights is not None:
+        base = replace(base, weights=_in_place_of(base.weights, options))
+    stage = replace(stage, base=base)
     missing = finish(tuning_runs(stage), options)
     return missing if missing else finish(final_runs(stage, read_records(options.out)), options)
 
@@ -81,6 +86,14 @@ def finish(runs: Sequence[Run], options: Options) -> int:
             return list(pool.map(partial(attempt, options=options), todo)).count(False)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _in_place_of(weights: str | None, options: Options) -> str | None:
+    if weights is None:
+        raise ValueError(
+            f"weights must be None, as {options.stage} starts from random ones, got {options.weights!r}"
+        )
+    return options.weights
 
 
 def read_records(out: str) -> list[Record]:

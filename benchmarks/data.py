@@ -1,4 +1,4 @@
-"""Image data in memory: scikit-learn's digits, CIFAR-10, and noise for tests."""
+"""Image data in memory: scikit-learn's digits, CIFAR-10, any folder of images, and noise for tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from image_files import class_names, find_files, read_split
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-DataName = Literal["digits", "cifar10", "fake"]
+DataName = Literal["digits", "cifar10", "folder", "fake"]
+IN_FILES = ("cifar10", "folder")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def load(
     data: DataName,
     *,
     data_dir: str | None = None,
+    image_size: int | None = None,
     train_samples: int | None = None,
     validation_samples: int | None = None,
     calibration_samples: int = 0,
@@ -69,10 +71,12 @@ def load(
     """Load a data set, its training split cut to a class-balanced subset on request.
 
     Args:
-        data: "digits" (1,297 training and 500 test images of 32 x 32), "cifar10" (50,000 and 10,000) or
-            "fake" (80 and 40 images of noise).
-        data_dir: for "cifar10" only: a folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or a tar file of
-            it. None has torchvision download it into the user's cache folder.
+        data: "digits" (1,297 training and 500 test images of 32 x 32), "cifar10" (50,000 and 10,000),
+            "folder" (what is in `data_dir`) or "fake" (80 and 40 images of noise).
+        data_dir: for "cifar10" and "folder": a folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or a tar
+            file of it. With None, torchvision downloads CIFAR-10 into the user's cache folder.
+        image_size: side in pixels that the images in `data_dir` are scaled and cropped to, see `read_split`;
+            None takes them as they are.
         train_samples: how many training images to keep, 1 to all; None keeps all, or all but those for
             validation. The test split stays whole.
         validation_samples: take the split to score on from the other training images instead, and leave the
@@ -89,14 +93,13 @@ def load(
     """
     if data not in get_args(DataName):
         raise ValueError(f"data must be one of {', '.join(get_args(DataName))}, got {data!r}")
-    if data_dir is not None and data != "cifar10":
-        raise ValueError(f"data_dir must be None unless data is 'cifar10', got {data_dir!r} with {data!r}")
+    _check_source(data, data_dir, image_size)
     if validation_samples is not None and calibration_samples:
         raise ValueError(f"calibration_samples must be 0 with validation_samples, got {calibration_samples}")
     left_out = validation_samples if validation_samples is not None else calibration_samples or None
     if data_dir is not None:
         files = find_files(data_dir)
-        classes, mirror, read = class_names(files), True, partial(read_split, files)
+        classes, mirror, read = class_names(files), True, partial(read_split, files, image_size=image_size)
     else:
         whole = {"digits": _digits, "cifar10": _downloaded_cifar10, "fake": _fake}[data]()
         classes, mirror, read = whole.classes, whole.mirror, whole.read
@@ -108,6 +111,20 @@ def load(
     if validation_samples is not None:
         return ImageData(train, apart, classes, mirror)
     return ImageData(train, Split(*read("test")), classes, mirror, apart)
+
+
+def _check_source(data: DataName, data_dir: str | None, image_size: int | None) -> None:
+    if data_dir is not None and data not in IN_FILES:
+        raise ValueError(
+            f"data_dir must be None unless data is one of {', '.join(IN_FILES)}, "
+            f"got {data_dir!r} with {data!r}"
+        )
+    if data_dir is None and data == "folder":
+        raise ValueError("data_dir must be given where data is 'folder', got None")
+    if image_size is not None and (data_dir is None or image_size < 1):
+        raise ValueError(
+            f"image_size must be at least 1 and needs data_dir, got {image_size} with {data_dir!r}"
+        )
 
 
 def training_subset(labels: Tensor, count: int | None, left_out: int | None, seed: int) -> Tensor:
@@ -171,17 +188,27 @@ class ImageDataModule(pl.LightningDataModule):
         seed: of the order and the augmentation.
         augment: shift training images by up to an eighth of their side and mirror half of them, the latter
             only where a mirrored image keeps its class.
+        moments: mean and standard deviation of each channel, on the scale 0 to 1, that images are normalised
+            by; those of the training images by default.
 
     Raises:
         ValueError: if `batch_size` is below 1.
     """
 
-    def __init__(self, data: ImageData, batch_size: int, *, seed: int = 0, augment: bool = False) -> None:
+    def __init__(
+        self,
+        data: ImageData,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        augment: bool = False,
+        moments: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.data, self.batch_size, self.seed, self.augment = data, batch_size, seed, augment
-        self.mean, self.std = channel_moments(data.train.images)
+        self.mean, self.std = channel_moments(data.train.images) if moments is None else moments
 
     def train_dataloader(self) -> DataLoader:
         generator = Generator().manual_seed(self.seed)

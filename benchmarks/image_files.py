@@ -1,4 +1,4 @@
-"""Small images in train/CLASS/* and test/CLASS/*, read from a folder or straight from a tar file."""
+"""Images in train/CLASS/* and test/CLASS/*, read from a folder or straight from a tar file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 Source = Path | bytes
@@ -60,7 +60,10 @@ def class_names(files: Files, split: str = "train") -> list[str]:
 
 
 def read_split(
-    files: Files, split: str, choose: Callable[[Tensor], Tensor] | None = None
+    files: Files,
+    split: str,
+    choose: Callable[[Tensor], Tensor] | None = None,
+    image_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decode the images of one split, or a choice of them.
 
@@ -69,12 +72,14 @@ def read_split(
         split: "train" or "test".
         choose: takes the labels (N,) of all images, in order of class and file name, and returns the indices
             of those wanted; None takes all.
+        image_size: side in pixels that the largest square in the middle of each image is scaled to; None
+            takes images as they are.
 
     Returns:
         Images (n, 3, H, W) in uint8 and labels (n,) in int64.
 
     Raises:
-        ValueError: if an image cannot be decoded or differs in size from the first.
+        ValueError: if an image cannot be decoded, or differs in size from the first and `image_size` is None.
     """
     listed = [
         (label, f"{split}/{name}/{file}", source)
@@ -84,7 +89,7 @@ def read_split(
     labels = torch.tensor([label for label, _, _ in listed])
     chosen = torch.arange(len(labels)) if choose is None else choose(labels)
     names, sources = zip(*[listed[index][1:] for index in chosen.tolist()], strict=True)
-    images = [_decode(name, source) for name, source in zip(names, sources, strict=True)]
+    images = [_decode(name, source, image_size) for name, source in zip(names, sources, strict=True)]
     _check_sizes(images, names)
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), labels[chosen]
 
@@ -94,14 +99,18 @@ def _check_sizes(images: list[np.ndarray], names: Sequence[str]) -> None:
         if image.shape != images[0].shape:
             sizes = [f"{shape[1]} x {shape[0]}" for shape in (image.shape, images[0].shape)]
             raise ValueError(
-                f"images must have one size, got {sizes[0]} for {name}, {sizes[1]} for {names[0]}"
+                f"images must have one size where image_size is None, got {sizes[0]} for {name}, "
+                f"{sizes[1]} for {names[0]}"
             )
 
 
-def _decode(name: str, source: Source) -> np.ndarray:
+def _decode(name: str, source: Source, image_size: int | None) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return np.array(image.convert("RGB"))
+            colours = image.convert("RGB")
+            if image_size is not None:
+                colours = ImageOps.fit(colours, (image_size, image_size), Image.Resampling.BICUBIC)
+            return np.array(colours)
     except OSError as error:
         raise ValueError(f"{name} cannot be decoded: {error}") from error
 

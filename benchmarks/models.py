@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -17,31 +18,54 @@ SMALL_RESNET: tuple[str, dict[str, Any]] = (
 )
 
 
-def build_model(name: str, stem: str, num_classes: int, *, drop_path: float = 0.0) -> nn.Module:
-    """Create a model with random weights, on request with the small-image stem of ResNets.
+def build_model(
+    name: str, stem: str, num_classes: int, *, weights: str | None = None, drop_path: float = 0.0
+) -> nn.Module:
+    """Create a model, on request with trained weights or with the small-image stem of ResNets.
 
     Args:
         name: a name that timm knows, or "small_resnet": four stages of one basic block with 32, 64, 128 and
             256 channels, after ResNet's stem of 64.
         stem: "timm" keeps the stem; "cifar" gives a ResNet a 3x3 convolution of stride 1 without pooling.
         num_classes: outputs.
+        weights: "timm" loads the weights that timm has for the model, downloaded once, and a file those in
+            it; None draws random ones. A classifier of another number of classes stays random.
         drop_path: probability in [0, 1) that timm drops the last residual branch; less before it.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: if timm does not know the model, or it has no ResNet stem to replace.
+        ValueError: if timm does not know the model or has no weights for it, `weights` is no file, or there
+            is no ResNet stem to replace.
     """
     timm_name, shape = SMALL_RESNET if name == "small_resnet" else (name, {})
     if not timm.is_model(timm_name):
         near = get_close_matches(name, ["small_resnet", *timm.list_models()], n=3)
         raise ValueError(f"model must be a name that timm knows, got {name!r}; nearest: {', '.join(near)}")
     options = {**shape, "drop_path_rate": drop_path} if drop_path else shape
-    model = timm.create_model(timm_name, pretrained=False, num_classes=num_classes, **options)
+    if weights is not None:
+        options = {**options, **_trained(name, weights)}
+    model = timm.create_model(timm_name, num_classes=num_classes, **options)
     if stem == "cifar":
         _replace_stem(model, name)
     return model
+
+
+def _trained(name: str, weights: str) -> dict[str, Any]:
+    if weights == "timm":
+        if not timm.is_model_pretrained(name):
+            raise ValueError(f"weights must be None or a file for {name}, which timm has no weights for")
+        return {"pretrained": True}
+    if not Path(weights).is_file():
+        raise ValueError(f"weights must be 'timm' or an existing file, got {weights!r}")
+    return {"pretrained": True, "pretrained_cfg_overlay": {"file": weights}}
+
+
+def trained_moments(name: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, (3, 1, 1), by which timm's weights for a model want images normalised."""
+    known: Any = timm.get_pretrained_cfg(SMALL_RESNET[0] if name == "small_resnet" else name)
+    return torch.tensor(known.mean).reshape(-1, 1, 1), torch.tensor(known.std).reshape(-1, 1, 1)
 
 
 @torch.no_grad()

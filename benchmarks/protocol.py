@@ -91,6 +91,8 @@ def key(listed: dict[str, Any]) -> str:
     """
     usual = arguments(Settings())
     unusual = {k: v for k, v in listed.items() if k not in NO_MATTER and not (k in usual and usual[k] == v)}
+    if "weights" in unusual:
+        unusual["weights"] = "trained"  # the same ones, downloaded or from a file
     return json.dumps(unusual, sort_keys=True)
 
 

@@ -29,11 +29,16 @@ class Settings:
     """Everything that a run depends on.
 
     Args:
-        model: any timm model name, trained from random weights, or "small_resnet", see `build_model`.
+        model: any timm model name, or "small_resnet", see `build_model`.
+        weights: start from those that timm downloads ("timm") or from those in a file, and normalise images
+            as timm says for the model; from random ones by default.
         stem: "timm" keeps the stem; "cifar" gives a ResNet a 3x3 convolution of stride 1 without pooling.
-        data: "digits" (scikit-learn's, in the package), "cifar10" or "fake" (noise, for tests).
-        data_dir: CIFAR-10 as a folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or a tar file of it; by
-            default torchvision downloads it.
+        data: "digits" (scikit-learn's, in the package), "cifar10", "folder" (any images, in `data_dir`) or
+            "fake" (noise, for tests).
+        data_dir: a folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or a tar file of it; by default
+            torchvision downloads CIFAR-10.
+        image_size: side in pixels that the middle of each image in `data_dir` is scaled to; by default images
+            are taken as they are, and must have one size.
         train_samples: size of a class-balanced training subset chosen by the seed; all by default.
         validation_samples: score on that many other training images, class-balanced too, and leave the test
             images alone; by default the test images are what is scored.
@@ -78,9 +83,11 @@ class Settings:
     """
 
     model: str = "resnet18"
+    weights: str | None = None
     stem: Literal["timm", "cifar"] = "timm"
     data: DataName = "digits"
     data_dir: str | None = None
+    image_size: int | None = None
     train_samples: int | None = None
     validation_samples: int | None = None
     corrupted_samples: int = 0
@@ -133,6 +140,6 @@ class Settings:
 def arguments(settings: Settings) -> dict[str, Any]:
     """List the settings with paths cut to their last part, so that no record names a place on a machine."""
     listed = asdict(settings)
-    for name in ("data_dir", "out", "plot"):
+    for name in ("data_dir", "weights", "out", "plot"):
         listed[name] = None if listed[name] is None else Path(listed[name]).name
     return listed

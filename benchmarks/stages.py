@@ -29,6 +29,8 @@ StageName = Literal[
     "augmented-2000",
     "augmented-long-1000",
     "scaled-1000",
+    "larger-500",
+    "transfer-500",
 ]
 
 QUICK = Stage(
@@ -415,6 +417,54 @@ SCALED_1000 = replace(
 )
 """Whether what dropping gains is gained by temperature scaling as well, which costs nothing."""
 
+_BY_SEED = [((seed,), _FIRST_FOUR) for seed in range(5)]
+LARGER_500 = replace(
+    BLOCKS_1000,
+    base=replace(
+        BLOCKS_1000.base,
+        stem="timm",
+        data="folder",
+        image_size=128,
+        train_samples=500,
+        epochs=40,
+        every_n_epochs=10,
+        num_samples=480,
+        precision="32-true",
+        corrupted_samples=0,
+        calibration_samples=250,
+    ),
+    methods=BLOCKS_1000.methods[:4],
+    validation_samples=500,
+    rounds=_BY_SEED,
+)
+"""Photographs of 128 pixels in place of CIFAR-10, and ResNet's own stem."""
+
+_STAGE_OUTPUTS: dict[str, Any] = {"layers": "blocks.[1-4]", "any_layer": True}
+_GENTLE = tuple({"cluster_size": size, "drop_prob": prob} for size in (4, 16) for prob in (0.1, 0.3))
+TRANSFER_500 = replace(
+    LARGER_500,
+    base=replace(
+        LARGER_500.base,
+        model="tf_efficientnet_lite0",
+        weights="timm",
+        augment=True,
+        epochs=10,
+        every_n_epochs=5,
+        lr=0.03,
+    ),
+    methods=(
+        Method("DropCluster", {**_STAGE_OUTPUTS, **_CLUSTERS}, _GENTLE),
+        Method("DropCluster, shuffled", {**_STAGE_OUTPUTS, **_CLUSTERS, "clusters": "shuffled"}, _GENTLE),
+        Method("none"),
+        Method(
+            "Dropout",
+            {**_STAGE_OUTPUTS, "regularizer": "dropout"},
+            tuple({"drop_prob": prob} for prob in (0.05, 0.1, 0.2, 0.4)),
+        ),
+    ),
+)
+"""The same images, seen by a network that was trained on ImageNet: what most users do."""
+
 STAGES: dict[str, Stage] = {
     "quick": QUICK,
     "stem-2000": STEM_2000,
@@ -435,4 +485,6 @@ STAGES: dict[str, Stage] = {
     "augmented-2000": AUGMENTED_2000,
     "augmented-long-1000": AUGMENTED_LONG_1000,
     "scaled-1000": SCALED_1000,
+    "larger-500": LARGER_500,
+    "transfer-500": TRANSFER_500,
 }

@@ -1,4 +1,4 @@
-"""Train a model on small images, with or without a regulariser; the last line out is a JSON record."""
+"""Train a model on images, with or without a regulariser; the last line out is a JSON record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from data import ImageDataModule, load
 from methods import build_callback
-from models import build_model
+from models import build_model, trained_moments
 from record import parse, provenance, quiet, write_line
 from scoring import score, score_corrupted, score_scaled
 from settings import Settings, arguments
@@ -130,6 +130,7 @@ def build_batches(settings: Settings) -> ImageDataModule:
     data = load(
         settings.data,
         data_dir=settings.data_dir,
+        image_size=settings.image_size,
         train_samples=settings.train_samples,
         validation_samples=settings.validation_samples,
         calibration_samples=settings.calibration_samples,
@@ -140,13 +141,18 @@ def build_batches(settings: Settings) -> ImageDataModule:
             f"corrupted_samples must be in 0 to {len(data.test)} (all images to score on), "
             f"got {settings.corrupted_samples}"
         )
-    return ImageDataModule(data, settings.batch_size, seed=settings.seed, augment=settings.augment)
+    moments = None if settings.weights is None else trained_moments(settings.model)
+    return ImageDataModule(
+        data, settings.batch_size, seed=settings.seed, augment=settings.augment, moments=moments
+    )
 
 
 def build_classifier(settings: Settings, num_classes: int) -> Classifier:
     """Create the model that the settings describe, ready to be trained."""
     drop_path = settings.drop_prob if settings.regularizer == "drop_path" else 0.0
-    model = build_model(settings.model, settings.stem, num_classes, drop_path=drop_path)
+    model = build_model(
+        settings.model, settings.stem, num_classes, weights=settings.weights, drop_path=drop_path
+    )
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return Classifier(

@@ -102,6 +102,18 @@ def test_runs_are_told_apart_by_what_matters():
     assert remaining([same, other, other], [fake_record(run)]) == [other]
 
 
+def test_weights_are_the_same_wherever_they_come_from():
+    run, apart = final_runs(STAGE, TUNED)[0], []
+    for weights in (None, "timm", "/x/file.pth"):
+        apart.append(replace(run, settings=replace(run.settings, weights=weights)))
+    assert remaining(apart, [fake_record(apart[1])]) == [apart[0]]
+
+
+def test_weights_are_for_stages_that_start_from_some():
+    with pytest.raises(ValueError, match="weights must be None, as quick starts from random ones, got 'x'"):
+        main(Options(weights="x"))
+
+
 def test_a_record_outlives_a_new_setting():
     run = final_runs(STAGE, TUNED)[0]
     record = fake_record(run)

@@ -134,6 +134,33 @@ def test_folders_are_read_with_and_without_a_leading_folder(jpeg_tree):
         assert np.array_equal(data.test.images[3].permute(1, 2, 0).numpy(), np.asarray(image))
 
 
+def test_a_folder_of_any_images_is_cropped_to_the_middle_and_scaled(jpeg_tree):
+    own = load("folder", data_dir=str(jpeg_tree))
+    assert same(own, load("folder", data_dir=str(jpeg_tree), image_size=8))
+    wide = Image.new("RGB", (40, 20), "blue")
+    wide.paste("red", (5, 0, 35, 20))
+    wide.save(jpeg_tree / "test" / "cat" / "0000.png")
+    with pytest.raises(ValueError, match=r"one size where image_size is None, got 40 x 20 for test/cat/0000"):
+        load("folder", data_dir=str(jpeg_tree))
+    data = load("folder", data_dir=str(jpeg_tree), image_size=4)
+    assert data.train.images.shape == (18, 3, 4, 4)
+    assert data.test.images[3].tolist() == [[[level] * 4] * 4 for level in (255, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ("folder", {}, "data_dir must be given where data is 'folder', got None"),
+        ("digits", {"data_dir": "x"}, "data_dir must be None unless data is one of cifar10, folder, got 'x'"),
+        ("cifar10", {"image_size": 64}, "image_size must be at least 1 and needs data_dir, got 64 with None"),
+        ("folder", {"data_dir": "x", "image_size": 0}, "image_size must be at least 1 and needs .*, got 0"),
+    ],
+)
+def test_where_images_come_from_is_checked_first(data, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(data, **options)
+
+
 def test_only_chosen_images_are_decoded(jpeg_tree):
     for name in ("airplane", "cat", "ship"):
         for file in sorted((jpeg_tree / "train" / name).iterdir()):
@@ -169,10 +196,8 @@ def test_train_samples_out_of_range(count):
 
 
 def test_bad_names_and_paths(tmp_path, jpeg_tree):
-    with pytest.raises(ValueError, match=r"data must be one of digits, cifar10, fake, got 'mnist'"):
+    with pytest.raises(ValueError, match=r"data must be one of digits, cifar10, folder, fake, got 'mnist'"):
         load("mnist")
-    with pytest.raises(ValueError, match=r"data_dir must be None unless data is 'cifar10', got 'here'"):
-        load("digits", data_dir="here")
     with pytest.raises(
         FileNotFoundError, match=r"data_dir must be an existing folder or tar file, got '.*none'"
     ):

@@ -7,6 +7,7 @@ from typing import get_args
 
 import hypothesis
 import pytest
+import timm
 import torch
 from clusterers import Explained, MixedSizes
 from corruptions import CORRUPTIONS
@@ -181,6 +182,34 @@ def test_activations_tell_their_channels_where_they_are_made_to():
     assert model.act1.out_channels == model.bn1.num_features
     assert model.training
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_trained_weights_are_all_taken_but_for_the_classifier(tmp_path):
+    name, file = "test_resnet.r160_in1k", tmp_path / "weights.pth"
+    torch.save(timm.create_model(name, num_classes=1000).state_dict(), file)
+    found, wanted = build_model(name, "timm", 10, weights=str(file)).state_dict(), torch.load(file)
+    apart = {key for key in wanted if not torch.equal(found[key], wanted[key])}
+    assert apart == {"fc.weight", "fc.bias"}
+    settings = replace(TINY, model=name, weights=str(file))
+    config = timm.get_pretrained_cfg(name)
+    batches = build_batches(settings)
+    assert batches.mean.flatten().tolist() == pytest.approx(config.mean)
+    assert batches.std.flatten().tolist() == pytest.approx(config.std)
+    assert run(settings)["arguments"]["weights"] == "weights.pth"
+
+
+def test_weights_that_timm_has_are_asked_of_timm(monkeypatch):
+    asked = []
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: asked.append((name, options)))
+    build_model("resnet18", "timm", 10, weights="timm")
+    assert asked == [("resnet18", {"pretrained": True, "num_classes": 10})]
+
+
+def test_weights_must_be_there():
+    with pytest.raises(ValueError, match="weights must be 'timm' or an existing file, got 'nowhere'"):
+        build_model("resnet18", "timm", 10, weights="nowhere")
+    with pytest.raises(ValueError, match="a file for small_resnet, which timm has no weights for"):
+        build_model("small_resnet", "timm", 10, weights="timm")
 
 
 def test_unfit_models():
