@@ -433,11 +433,14 @@ LARGER_500 = replace(
         corrupted_samples=0,
         calibration_samples=250,
     ),
-    methods=BLOCKS_1000.methods[:4],
+    methods=(
+        *SCALED_1000.methods,
+        Method("DropCluster, shuffled", {**SCALED_1000.methods[0].fixed, "clusters": "shuffled"}),
+    ),
     validation_samples=500,
     rounds=_BY_SEED,
 )
-"""Photographs of 128 pixels in place of CIFAR-10, and ResNet's own stem."""
+"""Photographs of 128 pixels in place of CIFAR-10, ResNet's own stem, and what was chosen in `blocks-1000`."""
 
 _STAGE_OUTPUTS: dict[str, Any] = {"layers": "blocks.[1-4]", "any_layer": True}
 _GENTLE = tuple({"cluster_size": size, "drop_prob": prob} for size in (4, 16) for prob in (0.1, 0.3))
