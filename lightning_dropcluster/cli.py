@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from lightning_dropcluster.checkpoint_plots import read_histories, read_image, save_plots
 from lightning_dropcluster.checks import check_number
-from lightning_dropcluster.layers import CONV_LAYERS, nearest_names, select_layers
+from lightning_dropcluster.layers import CONV_LAYERS, WIDEN, nearest_names, select_layers
 from lightning_dropcluster.listing import print_history, print_layers
 from lightning_dropcluster.preview import Preview, preview
 
@@ -38,12 +39,17 @@ def main(args: Sequence[str] | None = None) -> None:
         from jsonargparse import ArgumentParser
     except ImportError as error:
         raise SystemExit(_MISSING.format(error=error)) from error
-    parser = ArgumentParser(
-        prog=_PROG, description="See what DropCluster would work on, and what it learned."
-    )
+
+    class Parser(ArgumentParser):
+        def format_help(self, *args: Any, **options: Any) -> str:
+            text = super().format_help(*args, **options)
+            return re.sub(r"--\w+", lambda option: option[0].replace("_", "-"), text)
+
+    about = "See what DropCluster would work on, and what it learned."
+    parser = Parser(prog=_PROG, description=about, version=version("lightning-dropcluster"))
     commands = parser.add_subcommands(dest="command")
     for name, (run, add_arguments) in _COMMANDS.items():
-        sub = ArgumentParser(description=_first_line(run))
+        sub = Parser(description=_first_line(run))
         add_arguments(sub)
         commands.add_subcommand(name, sub, help=_first_line(run))
     parsed = parser.parse_args([_with_underscores(word) for word in (sys.argv[1:] if args is None else args)])
@@ -53,7 +59,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except ImportError as error:
         raise SystemExit(str(error)) from error
     except (ValueError, OSError) as error:
-        raise SystemExit(f"{_PROG} {parsed.command}: {error}") from error
+        words = str(error).replace(WIDEN, "add --any-layer")
+        raise SystemExit(f"{_PROG} {parsed.command}: {words}") from error
 
 
 def layers(

@@ -15,7 +15,7 @@ from lightning_dropcluster.clustering import Clusterer, adjusted_rand_index
 from lightning_dropcluster.clustering.protocol import count_clusters
 from lightning_dropcluster.clusters import Clusters, check_channels, smallest_table
 from lightning_dropcluster.functional import cluster_sizes
-from lightning_dropcluster.injection import Injection, silence_error
+from lightning_dropcluster.injection import Injection, forget_compiled_code, silence_error
 from lightning_dropcluster.layers import CONV_LAYERS, find_layers
 from lightning_dropcluster.memory import ProfileMemory
 from lightning_dropcluster.reclustering import OnProgress, Reclustering, cluster_share
@@ -71,6 +71,7 @@ class ClusteredLayers:
         self._modules: dict[str, nn.Module] = {}
         self._gatherings: dict[str, Gathering] = {}
         self._injection: Injection | None = None
+        self._stalled = 0  # windows in a row
         self._is_owed = False  # since a window was opened, until its labels are there
         self._device = torch.device("cpu")
         self._warned: set[str] = set()
@@ -95,7 +96,7 @@ class ClusteredLayers:
         self.clusters, self.seconds, self.windows_opened = dict(clusters), 0.0, 0
         self.memory.clear()
         self._warned.clear()
-        self._is_owed = False
+        self._is_owed, self._stalled = False, 0
 
     def attach(self, modules: Mapping[str, nn.Module], device: torch.device) -> None:
         """Hook the layers; a window that came to no labels before the last `detach` is opened again.
@@ -134,6 +135,7 @@ class ClusteredLayers:
         if self.window is not None:
             if not ranks.any_rank(self.window.has_stalled(), self._device):
                 return
+            self._warn_of_many_sizes()
             self.window.close()
         self.windows_opened += 1
         self.window, self._is_owed = self._make_window(), True
@@ -296,7 +298,7 @@ class ClusteredLayers:
         """Close a full window and have its sketches clustered; where none can be, open another at first."""
         if not self.clusters:
             ranks.raise_together(silence_error(self.silent()), self._device)
-        sketches, self.window = window.merge(), None
+        sketches, self.window, self._stalled = window.merge(), None, 0
         if not sketches and not self.clusters:
             return self.open_window()
         tables = {
@@ -328,6 +330,7 @@ class ClusteredLayers:
         """Make labels (B, F) the layer's own."""
         counts = count_clusters(labels).cpu()
         self._warn_of_fewer(name, counts, shape)
+        self._warn_of_whole_maps(name, shape)
         old = self.clusters.get(name)
         self.clusters[name] = Clusters(smallest_table(labels.reshape(self.scope.label_shape(shape))), shape)
         self._bind(name)
@@ -346,12 +349,36 @@ class ClusteredLayers:
     def _warn_of_fewer(self, name: str, counts: Tensor, shape: Shape) -> None:
         wanted = self.grouping.num_clusters or self.grouping.clusters_for(shape)
         fewer = int((counts < wanted).sum())
-        if fewer and name not in self._warned:
-            self._warned.add(name)
-            ranks.warn(
+        if fewer:
+            self._warn_once(
+                name,
                 f"layer {name!r}: num_clusters={wanted} is lowered to the number of distinct "
-                f"profiles in {fewer} of {len(counts)} clusterings, to {int(counts.min())} at the least"
+                f"profiles in {fewer} of {len(counts)} clusterings, to {int(counts.min())} at the least",
             )
+
+    def _warn_of_many_sizes(self) -> None:
+        """A second window in a row that sizes have left behind: they do not just grow now and then."""
+        self._stalled += 1
+        if self._stalled == 2:
+            ranks.warn(
+                f"sizes of maps changed before num_samples={self.num_samples} samples of one size were "
+                "gathered, so there are no new clusters; lower num_samples, or train with fewer sizes"
+            )
+
+    def _warn_of_whole_maps(self, name: str, shape: Shape) -> None:
+        items = self.scope.problems(shape)[1]
+        if self.grouping.num_clusters is None and self.grouping.clusters_for(shape) == 1 < items:
+            self._warn_once(
+                name,
+                f"layer {name!r}: with outputs of shape {shape} and scope={self.scope.name!r} one cluster holds "
+                f"all {items} features, which are dropped at once; lower cluster_size, or choose layers with "
+                "larger maps",
+            )
+
+    def _warn_once(self, name: str, message: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            ranks.warn(message)
 
     def _bind(self, name: str) -> None:
         """Write a layer's clusters into its hook, in place where the table's shape allows."""
@@ -361,6 +388,8 @@ class ClusteredLayers:
         if isinstance(drop, ClusterDrop) and drop.can_hold(table):
             drop.set_labels(table)
         else:
+            if drop is not None:  # code for each size of labels would soon be more than torch keeps
+                forget_compiled_code()
             gathering.regularizer = self._make_drop(Clusters(table, clusters.shape))
 
     def _no_clusters(self, shape: Shape) -> Clusters:

@@ -63,7 +63,7 @@ class Injection:
             Itself, for use in a ``with`` statement.
         """
         if not self.attached:
-            _forget_compiled_code()
+            forget_compiled_code()
             for hook in self._hooks.values():
                 hook.fired = False
             self._handles = [
@@ -104,8 +104,8 @@ def silence_error(silent: list[str]) -> RuntimeError | None:
         return None
     return RuntimeError(
         f"layers: {', '.join(map(repr, silent))} did not run in any training step so far; "
-        "choose layers whose forward the training step calls (gradient checkpointing in timm calls the "
-        "blocks of a stage, not the stage)"
+        "choose layers whose forward the training step calls (with gradient checkpointing some of timm's "
+        "models, ResNets among them, call the blocks of a stage, not the stage)"
     )
 
 
@@ -145,7 +145,7 @@ class _CopiedHook:
         return None
 
 
-def _forget_compiled_code() -> None:
+def forget_compiled_code() -> None:
     """Have everything compiled anew: compiled code does not notice new hooks, and anybody may hold some."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

@@ -3,9 +3,13 @@
 import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeGuard
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_dropcluster.checks import describe
 
 CONV_LAYERS: tuple[type[nn.Module], ...] = (
     nn.Conv1d,
@@ -21,6 +25,9 @@ Pattern = str | Callable[[str, nn.Module], bool]
 Layers = Pattern | Sequence[Pattern]
 """How users say which layers; see `select_layers`."""
 LayerTypes = type[nn.Module] | Sequence[type[nn.Module]]
+
+WIDEN = "give layer_types=torch.nn.Module"
+"""What errors advise where a pattern matches layers of other types; the command line calls it otherwise."""
 
 LEARNED_CHILD = "structured_dropout"
 """What a learned regulariser is called inside its layer; it is no layer of the model itself."""
@@ -61,8 +68,7 @@ def select_layers(
         >>> list(select_layers(nn.ModuleDict({"model": model}), "st*"))
         ['model.stem']
     """
-    if not isinstance(root, nn.Module):
-        raise TypeError(f"root={root!r}: must be a torch.nn.Module, not {type(root).__name__}")
+    _check_module("root", root)
     patterns = check_patterns(layers)
     types = check_layer_types(layer_types)
     names = _module_names(root)
@@ -85,12 +91,14 @@ def find_layers(root: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
         Name to module. In a bare model the names count without their first segment.
 
     Raises:
+        TypeError: where the root is no module.
         ValueError: where the model has no such layer; the message lists the nearest names.
 
     Example:
         >>> list(find_layers(nn.ModuleDict({"stem": nn.Conv2d(3, 8, 3)}), ["model.stem"]))
         ['model.stem']
     """
+    _check_module("model", root)
     there = _module_names(root)
     found = {name: there.get(name, there.get(name.partition(".")[2])) for name in names}
     for name, module in found.items():
@@ -160,8 +168,15 @@ def count_channels(layer: nn.Module) -> int | None:
     Returns:
         The number, ``None`` where the layer does not tell it.
     """
-    channels = getattr(layer, "out_channels", getattr(layer, "num_features", None))
+    # What timm's models call num_features may be meant of their head.
+    told = "num_features" if isinstance(layer, _NormBase) else "out_channels"
+    channels = getattr(layer, told, None)
     return channels if isinstance(channels, int) else None
+
+
+def _check_module(name: str, value: object) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}={describe(value)}: must be a torch.nn.Module, not {type(value).__name__}")
 
 
 def _is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
@@ -204,9 +219,17 @@ def _pick(names: dict[str, nn.Module], pattern: Pattern, types: tuple[type[nn.Mo
 
 def _predicate(pattern: Pattern) -> Callable[[str, nn.Module], bool]:
     if not isinstance(pattern, str):
-        return pattern
+        return partial(_ask, pattern)
     matches = compile_pattern(pattern)
     return lambda name, module: matches(name)
+
+
+def _ask(pattern: Callable[[str, nn.Module], bool], name: str, module: nn.Module) -> bool:
+    try:
+        return pattern(name, module)
+    except Exception as error:
+        error.add_note(f"layers={pattern!r} failed for {name!r} ({type(module).__name__})")
+        raise
 
 
 def _explain_no_match(
@@ -224,11 +247,8 @@ def _explain_no_match(
         inside = [n for n in candidates if any(n.startswith(other + ".") for other in others)]
         if inside:
             advice = "" if str(pattern).startswith("re:") else f" (write '{pattern}.**' to pick them)"
-            return (
-                f"{head}; layers inside: {', '.join(inside[:5])}{advice}; for its own output give "
-                "layer_types=torch.nn.Module"
-            )
-        head += "; widen layer_types= to pick other layers"
+            return f"{head}; layers inside: {', '.join(inside[:5])}{advice}; for its own output {WIDEN}"
+        head += f"; for other layers {WIDEN}"
     else:
         head = f"layers={pattern!r} matches no layer"
     return f"{head}; nearest {allowed} layers: {', '.join(nearest_names(str(pattern), candidates)) or 'none'}"

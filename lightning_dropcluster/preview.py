@@ -214,8 +214,16 @@ def _trace(module: nn.Module, picked: Mapping[str, nn.Module], example_input: An
             hook = layer.register_forward_hook(lambda _layer, _inputs, output, name=name: note(name, output))
             stack.callback(hook.remove)
         stack.enter_context(_left_as_it_was(module))
-        for called in _callable_modules(module, picked):
-            _call_on_copied_buffers(called, args, kwargs)
+        try:
+            for called in _callable_modules(module, picked):
+                _call_on_copied_buffers(called, args, kwargs)
+        except Exception as error:
+            shapes = [tuple(x.shape) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            error.add_note(
+                f"example_input: the module was called with inputs of shapes {shapes}; give a batch, or the "
+                "shape (C, *spatial) of one sample, without the batch"
+            )
+            raise
     return calls
 
 

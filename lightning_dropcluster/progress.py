@@ -80,6 +80,11 @@ class Progress:
         """Whether the start has been reached."""
         return self._began is not None
 
+    @property
+    def follows_length(self) -> bool:
+        """Whether the start or the ramp depends on how long training is."""
+        return (isinstance(self.start, float) and self.start > 0) or self._is_ramp()
+
     def reset(self, has_labels: bool = False) -> None:
         """Go back to before the start.
 
@@ -106,7 +111,7 @@ class Progress:
                 f"start={self.start!r}: a fraction of training needs max_epochs or max_steps in the Trainer; "
                 "give an epoch, or set a limit"
             )
-        if endless and len({self.schedule(fraction) for fraction in (0.0, 0.5, 1.0)}) > 1:
+        if endless and self._is_ramp():
             raise ValueError(
                 "schedule: a ramp to the end of training needs max_epochs or max_steps in the Trainer; "
                 "give schedule='constant', or set a limit"
@@ -159,6 +164,9 @@ class Progress:
         self._origin, self._passed = None, 0
         if (state["every"], state["counts_steps"]) == (self.every, self.counts_steps):
             self._origin, self._passed = state["origin"], state["passed"]
+
+    def _is_ramp(self) -> bool:
+        return len({self.schedule(fraction) for fraction in (0.0, 0.5, 1.0)}) > 1
 
     def _start_of_ramp(self, now: TrainingPosition) -> float:
         """The start as a fraction of training, which may have become longer since."""

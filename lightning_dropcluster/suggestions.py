@@ -1,7 +1,7 @@
 """Name patterns for common choices of layers, found from the model itself."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -55,16 +55,17 @@ def stage_ends(root: nn.Module) -> dict[str, int]:
             where their stages end.
 
     Returns:
-        Name to number of channels; none for other models.
+        Name to number of channels; none for other models. Ends that timm places inside a block are left out,
+        since the block's shortcut leads past them.
     """
-    named = dict(root.named_modules())
     ends: dict[str, int] = {}
     for prefix, model in [("", root), *((f"{name}.", child) for name, child in root.named_children())]:
-        info = getattr(model, "feature_info", None)
+        named, info = dict(model.named_modules()), getattr(model, "feature_info", None)
         for entry in getattr(info, "info", info) or ():
-            name = prefix + str(entry["module"])
-            if name in named:
-                ends[name] = entry["num_chs"]
+            # Models made with features_only=True have underscores in place of the dots.
+            for name in (str(entry["module"]), str(entry["module"]).replace(".", "_")):
+                if name in named and not _is_inside_a_block(name, named):
+                    ends[prefix + name] = entry["num_chs"]
     return ends
 
 
@@ -165,6 +166,13 @@ def _stages(calls: Sequence[Call]) -> Iterator[tuple[Call, Call]]:
             last = call
         if call.ends_stage and last is not None:
             yield call, last
+
+
+def _is_inside_a_block(name: str, named: Mapping[str, nn.Module]) -> bool:
+    """Whether something other than a plain container stands between a module and its model."""
+    parts = name.split(".")
+    around = (named[".".join(parts[:count])] for count in range(1, len(parts)))
+    return not all(isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) for module in around)
 
 
 def _kernel(call: Call) -> tuple[int, ...]:

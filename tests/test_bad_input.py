@@ -16,9 +16,11 @@ from lightning_dropcluster import (
     FaissKMeans,
     plot_clusters,
     plot_history,
+    plot_overlay,
     preview,
     select_layers,
 )
+from lightning_dropcluster.layers import find_layers
 
 NAN, INF = float("nan"), float("inf")
 LABELS = torch.zeros(2, 4, 4).long()
@@ -370,7 +372,14 @@ def test_a_checkpoint_without_labels_is_no_source_of_labels(tmp_path):
             ValueError,
             r"previous of shape \(1, 4, 4\): must be \(2, 4, 4\)",
         ),
-        (lambda: plot_history(LABELS), TypeError, "history: must be a sequence of labels"),
+        (lambda: plot_history(LABELS), TypeError, "history: must be a list of .*, not one Tensor"),
+        (lambda: plot_history({"conv": LABELS}), TypeError, "history: must be a list of .*, not one dict"),
+        (lambda: plot_overlay(LABELS, [[0.0]]), TypeError, "image: must be a tensor, not list"),
+        (
+            lambda: find_layers(LABELS, ["conv"]),
+            TypeError,
+            "model=a torch.int64 tensor: must be a torch.nn.M",
+        ),
         (lambda: ClusterDrop(64), TypeError, "labels: must be an integer tensor, not 64"),
         (lambda: ClusterDrop(LABELS.float()), TypeError, "labels: must be an .*, not a torch.float32 tensor"),
         (

@@ -82,7 +82,7 @@ def test_eval_output_is_that_of_a_model_which_never_had_the_callback(loader):
 def test_training_before_the_first_labels_is_bit_identical_to_plain_training(loader):
     plain, gathered = Classifier(), Classifier()
     make_trainer(max_epochs=1).fit(plain, loader)
-    with pytest.warns(UserWarning, match="ended before num_samples=10000 samples were gathered"):
+    with pytest.warns(UserWarning, match="ended before num_samples=10000 samples of one size were gathered"):
         make_trainer(make_callback(num_samples=10_000, start=0.0), max_epochs=1).fit(gathered, loader)
     assert plain.losses == gathered.losses
     assert equal(plain.state_dict(), gathered.state_dict())

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -129,6 +130,27 @@ def test_bad_sizes(text):
 def test_options_may_be_spelt_with_hyphens(run):
     args = ("layers", "resnet18", "--match", "layer[1-3]")
     assert run(*args, "--any-layer", "--num-clusters=3") == run(*args, "--any_layer", "--num_clusters", "3")
+
+
+def test_help_spells_options_with_hyphens_too(capsys):
+    with pytest.raises(SystemExit):
+        main(["layers", "--help"])
+    said = capsys.readouterr().out
+    assert "--any-layer" in said
+    assert "_layer" not in said
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert version("lightning-dropcluster") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pattern", ["layer1", "bn1"])
+def test_advice_names_the_option_of_the_command(capsys, pattern):
+    said = fails(capsys, "layers", "resnet18", "--match", pattern)
+    assert "--any-layer" in said
+    assert "layer_types" not in said
 
 
 @pytest.mark.parametrize("package", ["rich", "jsonargparse"])

@@ -275,7 +275,7 @@ def test_sizes_that_take_turns_fill_a_window_in_the_end(every_n_train_steps):
             return iter(batches * 20)
 
     callback = make_callback(every_n_train_steps=every_n_train_steps)
-    make_trainer(callback, max_epochs=1).fit(Classifier(), DataLoader(Alternating(), batch_size=None))
+    make_trainer(callback, max_epochs=2).fit(Classifier(), DataLoader(Alternating(), batch_size=None))
     assert callback.labels
 
 

@@ -9,6 +9,7 @@ import timm
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -16,6 +17,7 @@ from lightning_dropcluster.layers import (
     CONV_LAYERS,
     check_layer_types,
     check_patterns,
+    count_channels,
     nearest_names,
     select_layers,
 )
@@ -354,7 +356,9 @@ def test_no_match_lists_the_nearest_names_first(pattern, nearest):
 
 @pytest.mark.parametrize("wrap", [in_module, lambda model: model])
 def test_a_match_of_another_type_is_named_with_the_way_to_pick_it(wrap):
-    message = r"layers='bn1' matches no conv layer, only .*bn1 \(BatchNorm2d\); widen layer_types= to pick"
+    message = (
+        r"layers='bn1' matches no conv layer, only .*bn1 \(BatchNorm2d\); for other layers give layer_types="
+    )
     with pytest.raises(ValueError, match=message):
         select_layers(wrap(small_resnet()), "bn1")
 
@@ -469,6 +473,26 @@ def test_a_callable_only_sees_layers_of_the_types_wanted():
     root = nn.Sequential(nn.ReLU(), nn.Conv2d(1, 1, 3))
     with pytest.raises(ValueError, match="matches no layer; nearest conv layers: 1"):
         select_layers(root, lambda name, module: module.kernel_size == (9, 9))
+
+
+def test_a_callable_that_fails_names_the_layer():
+    with pytest.raises(AttributeError) as error:
+        select_layers(nn.Sequential(nn.ReLU()), lambda name, module: module.kernel_size, nn.Module)
+    assert re.search(r"layers=<function .*> failed for '0' \(ReLU\)|failed for ''", error.value.__notes__[0])
+
+
+@pytest.mark.parametrize(
+    ("layer", "channels"),
+    [
+        (nn.Conv2d(3, 4, 1), 4),
+        (nn.InstanceNorm3d(5), 5),
+        (BatchNormAct2d(6), 6),
+        (timm.create_model("test_resnet"), None),  # its num_features are those of its head
+        (nn.ReLU(), None),
+    ],
+)
+def test_only_layers_that_mean_their_output_tell_its_channels(layer, channels):
+    assert count_channels(layer) == channels
 
 
 @pytest.mark.parametrize("layer_types", [3, nn.ReLU()])

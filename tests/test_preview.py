@@ -100,6 +100,12 @@ def test_a_compiled_model_is_run_without_compiling():
     assert [layer.name for layer in preview(compiled, "**", IMAGE).layers] == list(select_layers(model, "**"))
 
 
+def test_a_shape_with_the_batch_is_told():
+    with pytest.raises(RuntimeError) as error:
+        preview(nn.Sequential(nn.Conv2d(3, 4, 3)), "0", (1, 3, 8, 8))
+    assert "the module was called with inputs of shapes [(1, 1, 3, 8, 8)]" in error.value.__notes__[0]
+
+
 def test_layers_that_eval_mode_leaves_out_are_named():
     class WithHelper(nn.Sequential):
         def forward(self, x):

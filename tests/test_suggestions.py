@@ -66,6 +66,7 @@ def test_families(family):
         ("maxvit_tiny_tf_224", ("stages.0", "stages.1", "stages.2")),  # whose stem has two convs
         ("swin_tiny_patch4_window7_224", ()),  # channels last
         ("vit_tiny_patch16_224", ()),  # tokens
+        ("xception41", ()),  # whose stages end inside blocks, which have shortcuts around them
         ("hrnet_w18_small", ()),  # several outputs
     ],
 )
@@ -103,6 +104,12 @@ def test_a_stage_that_ends_with_channels_last_is_left_out():
     model = nn.Sequential(conv(), nn.Sequential(conv()), last, nn.Sequential(Permute(0, 3, 1, 2), conv()))
     model.feature_info = [{"module": str(stage), "num_chs": 4} for stage in (0, 1, 2, 3)]
     assert preview(model, example_input=(4, 9, 9)).stages == ("1",)
+
+
+def test_models_that_give_features_have_underscores_in_their_names():
+    with torch.device("meta"):
+        model = timm.create_model("convnext_atto", features_only=True)
+    assert preview(model, example_input=(3, 64, 64)).stages == ("stages_0", "stages_1", "stages_2")
 
 
 def test_names_have_the_childs_prefix_in_a_lightning_module():

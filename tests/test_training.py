@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import warnings
 
 import pytest
 import pytorch_lightning as pl
@@ -495,6 +496,76 @@ def test_another_size_in_the_midst_of_a_window_is_left_out_and_dropped(loader):
     shares = [(x.shape[-1], share_of_zeros(x)) for x in module.model.seen[-4:]]
     assert {size for size, _ in shares} == {16, 24}
     assert all(0.2 < share < 0.8 for _, share in shares)
+
+
+def test_sizes_that_never_come_twice_are_told():
+    class Free(IterableDataset):
+        def __iter__(self):
+            return iter(next(iter(make_loader(8, 8, 16 + 4 * turn))) for turn in range(12))
+
+    callback = make_callback(start=0.0, every_n_epochs=None, every_n_train_steps=3, num_samples=32)
+    with (
+        pytest.warns(
+            UserWarning, match="sizes of maps changed before num_samples=32 samples of one size"
+        ) as all,
+        pytest.warns(UserWarning, match="training ended before num_samples=32 samples of one size"),
+    ):
+        make_trainer(callback, max_epochs=2).fit(Classifier(Small()), DataLoader(Free(), batch_size=None))
+    assert sum("sizes of maps" in str(warning.message) for warning in all) == 1
+
+
+def test_sizes_that_grow_now_and_then_stay_compiled():
+    class Growing(Classifier):
+        def training_step(self, batch, batch_idx):
+            images = F.interpolate(batch[0], 24 + 8 * (self.current_epoch // 3))
+            return F.cross_entropy(self.model(images), batch[1])
+
+    def backend(graph, _inputs):
+        def forward(*args):
+            ran.append(1)
+            return graph(*args)
+
+        return forward
+
+    torch._dynamo.reset()
+    ran, epochs = [], 15
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    net.compile(backend=backend)
+    callback = make_callback("0", start=0.0, num_clusters=4)
+    make_trainer(callback, max_epochs=epochs).fit(Growing(net), make_loader(32, 8, 16))
+    assert callback.labels["model.0"].shape == (8, 54, 54)
+    assert len(ran) == 4 * epochs
+
+
+def test_a_schedule_that_cannot_move_is_told():
+    data = DataLoader(Endless(8), batch_size=None)
+    with pytest.warns(UserWarning, match=r"max_epochs=1 with data of unknown length: .*set max_steps or"):
+        assert set(drop_probs(make_callback(start=0), data, max_epochs=1)) == {0.0}
+    assert drop_probs(make_callback(start=0, schedule="constant"), data, max_epochs=1)[-1] == 0.5
+    assert drop_probs(make_callback(start=0), data, max_epochs=1, limit_train_batches=8)[-1] > 0
+
+
+def test_layers_that_were_replaced_are_told(loader):
+    def replace(trainer, module):
+        if trainer.global_step == 6:
+            module.model.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+    with pytest.warns(UserWarning, match=r"layers model\.conv were replaced since training began"):
+        make_trainer(make_callback(start=0.0), At(replace)).fit(Classifier(Small()), loader)
+
+
+def test_features_that_are_one_cluster_are_told():
+    def fit(**options):
+        make_trainer(make_callback(start=0.0, **options)).fit(Classifier(Small()), make_loader(32, 8, 4))
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*one cluster holds all")
+        for options in ({"cluster_size": 4}, {"num_clusters": 1}, {"scope": "layer"}):
+            fit(**options)
+    with pytest.warns(
+        UserWarning, match=r"'model\.conv': .* \(8, 4, 4\) .* one cluster holds all 16 features"
+    ):
+        fit()
 
 
 # Trainers that forbid things

@@ -94,11 +94,17 @@ class LayerCallback(_Base):
         self._apply_loaded()
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Say so where a resumed checkpoint was written without this callback."""
+        """Say so where a resumed checkpoint lacks this callback, or the schedule cannot move."""
         self._is_fresh = trainer.global_step == 0  # only now have the counters been restored
         if trainer.ckpt_path and not self._was_loaded:
             self._warn(f"the checkpoint has no state of this callback ({self.state_key}); it starts afresh")
         self._was_loaded = False
+        is_one_epoch = trainer.max_epochs == 1 and trainer.max_steps == -1
+        if is_one_epoch and math.isinf(trainer.num_training_batches) and self._progress.follows_length:
+            self._warn(
+                "max_epochs=1 with data of unknown length: how far training is cannot be told, so the "
+                "schedule stays at its beginning; set max_steps or limit_train_batches in the Trainer"
+            )
 
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
@@ -108,7 +114,7 @@ class LayerCallback(_Base):
         if _only_updates_statistics(trainer):
             share, is_due = 0.0, False
         if is_due:
-            self._warn_of_eval_mode()
+            self._warn_of_idle_layers(pl_module)
         self._drop_prob_now = self._begin_step(share, is_due)
         if not (trainer.barebones or math.isnan(self._drop_prob_now)):
             pl_module.log(f"{self._log_prefix}/drop_prob", self._drop_prob_now, batch_size=1)
@@ -258,7 +264,14 @@ class LayerCallback(_Base):
                 "nothing will be dropped"
             )
 
-    def _warn_of_eval_mode(self) -> None:
+    def _warn_of_idle_layers(self, pl_module: nn.Module) -> None:
+        there = {id(module) for module in pl_module.modules()}
+        gone = [name for name, module in self._hooked.items() if id(module) not in there]
+        if gone:
+            self._warn(
+                f"layers {', '.join(gone)} were replaced since training began, so nothing is dropped or "
+                "gathered there; replace them before fit, or fit again"
+            )
         idle = [name for name, module in self._hooked.items() if not module.training]
         if idle:
             self._warn(

@@ -297,7 +297,9 @@ class DropCluster(LayerCallback):
             return
         what, window = "no clusters were made and nothing was dropped", self._layers.window
         if window is not None:
-            reason = f"training ended before num_samples={window.num_samples} samples were gathered"
+            reason = (
+                f"training ended before num_samples={window.num_samples} samples of one size were gathered"
+            )
             what = f"{reason}, so {what}; lower num_samples, or start earlier"
         self._warn(what)
 

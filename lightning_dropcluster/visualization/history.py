@@ -136,8 +136,9 @@ def _save_gif(path: str | PathLike[str], frames: list[Tensor], seconds: float) -
 def _check(history: Sequence[Tensor], epochs: Sequence[int] | None, scope: str, max_maps: int) -> None:
     check_choice("scope", scope, SCOPES)
     check_number("max_maps", max_maps, 1, integer=True)
-    if isinstance(history, Tensor):
-        raise TypeError("history: must be a sequence of labels, the oldest first, not one tensor")
+    if not isinstance(history, Sequence):
+        kind = type(history).__name__
+        raise TypeError(f"history: must be a list of one layer's labels, the oldest first, not one {kind}")
     if not history:
         raise ValueError("history: must hold the labels of at least one moment")
     for labels in history:

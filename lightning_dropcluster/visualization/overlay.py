@@ -50,7 +50,7 @@ def plot_overlay(
 
     Raises:
         ImportError: if matplotlib is missing.
-        TypeError: if `labels` is no integer tensor.
+        TypeError: if `labels` is no integer tensor, or `image` no tensor.
         ValueError: if `labels` or `image` has another shape, an argument is out of its range, or there are
             fewer colours than labels.
     """
@@ -85,6 +85,8 @@ def plot_overlay(
 
 def _picture(image: Tensor) -> Tensor:
     """Bring an input to (h, w, 3) in [0, 1]."""
+    if not isinstance(image, Tensor):
+        raise TypeError(f"image: must be a tensor, not {type(image).__name__}")
     image = image.detach().cpu().float()
     image = image[None] if image.ndim == 2 else image
     if image.ndim != 3 or image.shape[0] not in (1, 3):
