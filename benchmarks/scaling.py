@@ -30,7 +30,6 @@ from lightning_dropcluster.clustering import FaissKMeans
 from lightning_dropcluster.reclustering import cluster_share
 from lightning_dropcluster.scopes import Grouping
 from lightning_dropcluster.sketch import Sketch
-from lightning_dropcluster.window import merge_over_ranks
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def work_as_rank(rank: int, size: int, load: Load, repeats: int, folder: str) ->
 
     def merge() -> None:
         for sketch in sketches.values():
-            merge_over_ranks(sketch)
+            sketch.merge()
 
     cost = {
         "merge_cpu_s": timed(merge, repeats),

@@ -35,11 +35,9 @@ class ValueSketch(Sketch):
 class Refilling(ClusterDrop):
     """Put something else where clusters are dropped, in place of zeros; what is kept is not rescaled."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Fill dropped clusters of an activation (N, C, *spatial); see `ClusterDrop.forward`."""
-        if not self.training:
-            return x
-        kept = super().forward(torch.ones_like(x)) > 0
+    def regularize(self, x: Tensor) -> Tensor:
+        """Fill dropped clusters of an activation (N, C, *spatial); see `ClusterDrop.regularize`."""
+        kept = super().regularize(torch.ones_like(x)) > 0
         return torch.where(kept, x, self.filling(x.detach()))
 
     def filling(self, x: Tensor) -> Tensor:
@@ -72,10 +70,8 @@ class BySalience(ClusterDrop):
     labels number the whole layer), at most `MOST`: the rule of `ProbDropBlock`, on clusters.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Drop clusters of an activation (N, C, *spatial); see `ClusterDrop.forward`."""
-        if not self.training:
-            return x
+    def regularize(self, x: Tensor) -> Tensor:
+        """Drop clusters of an activation (N, C, *spatial); see `ClusterDrop.regularize`."""
         rows = x.detach().abs().float().reshape(len(x), self._num_groups, -1)
         index = self.labels.long().reshape(1, self._num_groups, -1).expand(len(x), -1, -1)
         sums = rows.new_zeros(len(x), self._num_groups, self.num_clusters).scatter_add_(2, index, rows)

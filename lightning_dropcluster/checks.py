@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ MAX_INT = 2**31 - 1
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+@overload
+def check_number(name: str, value: Any, low: float, high: float = ..., *, integer: Literal[True]) -> int: ...
+@overload
+def check_number(name: str, value: Any, low: float, high: float = ..., *, high_open: bool = ...) -> float: ...
 def check_number(
     name: str,
     value: Any,
@@ -22,7 +26,7 @@ def check_number(
     *,
     integer: bool = False,
     high_open: bool = False,
-) -> Any:
+) -> float:
     """Check that a value is a number in a range.
 
     Args:
@@ -53,7 +57,7 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, Integral if integer else Real):
         raise TypeError(f"{name}={value!r}: {rule}, not {type(value).__name__}")
     is_integer = isinstance(value, Integral)
-    number: Any = int(value) if is_integer else float(value)
+    number = int(value) if is_integer else float(value)
     below = number < high if high_open else number <= high
     if not (number >= low and below and (is_integer or math.isfinite(number))):
         raise ValueError(f"{name}={value!r}: {rule}")

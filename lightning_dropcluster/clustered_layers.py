@@ -370,9 +370,9 @@ class ClusteredLayers:
         if self.grouping.num_clusters is None and self.grouping.clusters_for(shape) == 1 < items:
             self._warn_once(
                 name,
-                f"layer {name!r}: with outputs of shape {shape} and scope={self.scope.name!r} one cluster holds "
-                f"all {items} features, which are dropped at once; lower cluster_size, or choose layers with "
-                "larger maps",
+                f"layer {name!r}: with outputs of shape {shape} and scope={self.scope.name!r} one cluster "
+                f"holds all {items} features, which are dropped at once; lower cluster_size, or choose "
+                "layers with larger maps",
             )
 
     def _warn_once(self, name: str, message: str) -> None:
@@ -398,7 +398,7 @@ class ClusteredLayers:
         return Clusters(table, shape)
 
     def _make_drop(self, clusters: Clusters, *, sampling: bool = False) -> ClusterDrop:
-        return ClusterDrop(
+        drop = ClusterDrop(
             clusters.table,
             0.0,
             num_clusters=max(self.grouping.clusters_for(clusters.shape), int(clusters.table.max()) + 1),
@@ -406,8 +406,9 @@ class ClusteredLayers:
             per_sample=self.per_sample or sampling,
             rescale=self.rescale,
             paired=self.paired and not sampling,
-            shift=0.618 * ranks.rank() % 1.0,
         )
+        drop.shift = ranks.draw_shift()
+        return drop
 
 
 def _may_overwrite_output(layer: nn.Module) -> bool:

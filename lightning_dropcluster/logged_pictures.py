@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
 
+from lightning_dropcluster import ranks
 from lightning_dropcluster.clusters import Clusters
 from lightning_dropcluster.visualization import neighbor_colors, plot_clusters
 from lightning_dropcluster.visualization.panels import render
@@ -82,9 +82,7 @@ class PictureLog:
             send(tag, picture, step)
         except Exception as error:
             self._failed.add(key)
-            warnings.warn(
-                f"DropCluster: a logger did not take a picture and gets no more: {error!r}", stacklevel=2
-            )
+            ranks.warn(f"a logger did not take a picture and gets no more: {error!r}")
 
 
 def _sender(logger: Any) -> Send | None:

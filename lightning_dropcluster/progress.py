@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
-from lightning_dropcluster.checks import check_number
+from lightning_dropcluster.checks import check_not_both, check_number
 from lightning_dropcluster.schedules import Schedule, intervals_passed, ramp
 
 
@@ -70,8 +70,12 @@ class Progress:
     ) -> None:
         self.start = _check_start(start)
         self.schedule = schedule
+        check_not_both("every_n_epochs", every_n_epochs, "every_n_train_steps", every_n_train_steps)
         self.counts_steps = every_n_train_steps is not None
-        self.every = int(next(n for n in (every_n_train_steps, every_n_epochs, 5) if n is not None))
+        name, every = "every_n_epochs", 5 if every_n_epochs is None else every_n_epochs
+        if every_n_train_steps is not None:
+            name, every = "every_n_train_steps", every_n_train_steps
+        self.every = check_number(name, every, 0, integer=True)
         self.is_late = False
         self.reset()
 

@@ -17,6 +17,11 @@ def world_size() -> int:
     return dist.get_world_size() if _is_distributed() else 1
 
 
+def draw_shift() -> float:
+    """Return what this rank adds to its draws, see `draw_uniform`, as ranks may be seeded alike."""
+    return 0.618 * rank() % 1.0
+
+
 def warn(message: str, source: str = "DropCluster") -> None:
     """Warn on the first rank alone, since all ranks would say the same.
 

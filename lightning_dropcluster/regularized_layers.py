@@ -83,7 +83,7 @@ class RegularizedLayers:
                 )
             for part in regularizer.modules():
                 if isinstance(part, Regularizer):
-                    part.shift = 0.618 * ranks.rank() % 1.0  # ranks that are seeded alike must not drop alike
+                    part.shift = ranks.draw_shift()  # ranks that are seeded alike must not drop alike
             self._switches[name] = Switch(regularizer.to(device))
         self._injection = Injection(modules, self._switches).attach()
 

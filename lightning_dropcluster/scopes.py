@@ -56,6 +56,20 @@ class Scope:
             )
         return table
 
+    def problem_labels(self, labels: Tensor) -> Tensor:
+        """Bring full labels to a row for each problem.
+
+        Args:
+            labels: (C, *spatial).
+
+        Returns:
+            (B, F), as `problems` counts them.
+
+        Raises:
+            ValueError: where the labels differ along a dimension that the scope shares.
+        """
+        return self.compress(labels).reshape(self.problems(tuple(labels.shape)))
+
 
 def _positions(shape: Shape) -> int:
     return math.prod(shape[1:])

@@ -6,10 +6,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_dropcluster import ranks
 from lightning_dropcluster.scopes import SCOPES, Shape
-
-ADDITIVE = ("moments", "sums", "column_sums", "count")
-"""What adds up over sketches of the same origin."""
 
 _WORD = 0xFFFFFFFF
 _HUGE = 1e18  # squares of larger values overflow
@@ -125,8 +123,18 @@ class Sketch(nn.Module):
         self.column_sums.index_add_(0, columns, signs)
         self.count.copy_((self.count + num_samples).clamp(max=self.num_samples))
 
+    def merge(self) -> None:
+        """Add up over all ranks, in place; every rank must call this, for the same layers in order."""
+        counts = torch.zeros(ranks.world_size(), dtype=torch.int64, device=self.count.device)
+        counts[ranks.rank()] = self.count
+        filled = ranks.sum_over_ranks(counts).nonzero().flatten()
+        if len(counts) > 1 and len(filled):
+            self.rebase(ranks.from_rank(self.origin.clone(), int(filled[0])))
+            for sums in (self.moments, self.sums, self.column_sums, self.count):
+                ranks.sum_over_ranks(sums)
+
     def rebase(self, origin: Tensor) -> None:
-        """Hold the values relative to another origin.
+        """Hold the values relative to another origin; sketches of one origin add up.
 
         Args:
             origin: (items,) float32.
@@ -135,18 +143,6 @@ class Sketch(nn.Module):
         self.moments.addr_(self.column_sums, delta)
         self.sums.add_(self.count * self.observations * delta)
         self.origin.copy_(origin)
-
-    def merge(self, other: "Sketch") -> None:
-        """Add another sketch of the same layer and window, as if its samples had been seen here.
-
-        Args:
-            other: a sketch of the same settings but for the rank; it is rebased to this one's origin.
-        """
-        if not self.count:
-            self.rebase(other.origin)
-        other.rebase(self.origin)
-        for name in ADDITIVE:
-            getattr(self, name).add_(getattr(other, name))
 
     def is_finite(self) -> bool:
         """Whether no NaN or infinity, and no value whose square overflows, was gathered.

@@ -8,7 +8,7 @@ import torch
 from lightning_dropcluster import ranks
 from lightning_dropcluster.regularizers import Gathering
 from lightning_dropcluster.scopes import Scope
-from lightning_dropcluster.sketch import ADDITIVE, Sketch
+from lightning_dropcluster.sketch import Sketch
 
 
 class GatheringWindow:
@@ -95,7 +95,7 @@ class GatheringWindow:
         """
         sketches, merged = self.close(), {}
         for name in self._gathered_alike(sketches):
-            merge_over_ranks(sketches[name])
+            sketches[name].merge()
             if not sketches[name].count:
                 ranks.warn(f"layer {name!r} did not run while the window was open; it is not clustered")
             elif not sketches[name].is_finite():
@@ -166,22 +166,6 @@ class GatheringWindow:
         for name in (name for name, same in zip(names, alike, strict=True) if not same):
             ranks.warn(f"layer {name!r} was not gathered, or not alike on all ranks; it is not clustered")
         return [name for name, same in zip(names, alike, strict=True) if same]
-
-
-def merge_over_ranks(sketch: Sketch) -> None:
-    """Add up a sketch over all ranks, in place; every rank must call this for the same layers in order.
-
-    Args:
-        sketch: this rank's; afterwards it is equal on every rank.
-    """
-    counts = torch.zeros(ranks.world_size(), dtype=torch.int64, device=sketch.count.device)
-    counts[ranks.rank()] = sketch.count
-    filled = ranks.sum_over_ranks(counts).nonzero().flatten()
-    if len(counts) == 1 or not len(filled):
-        return
-    sketch.rebase(ranks.from_rank(sketch.origin.clone(), int(filled[0])))
-    for name in ADDITIVE:
-        ranks.sum_over_ranks(getattr(sketch, name))
 
 
 def _changed_size(gathering: Gathering) -> bool:

@@ -15,7 +15,7 @@ from lightning_dropcluster.reclustering import Reclustering, cluster_share
 from lightning_dropcluster.regularizers import Gathering
 from lightning_dropcluster.scopes import SCOPES, Grouping
 from lightning_dropcluster.sketch import Sketch
-from lightning_dropcluster.window import GatheringWindow, merge_over_ranks
+from lightning_dropcluster.window import GatheringWindow
 
 CPU = torch.device("cpu")
 SHAPE = (3, 4, 5)
@@ -62,7 +62,7 @@ def run_merge(rank):
     merged = {}
     for scope, sketch_dim in CASES:
         sketch = gather(X[rank::2], scope, sketch_dim, num_samples=12, rank=rank, world_size=2)
-        merge_over_ranks(sketch)
+        sketch.merge()
         merged[f"{scope} {sketch_dim}"] = {**sketch.state_dict(), "profiles": sketch.profiles()}
     return merged
 
@@ -72,7 +72,7 @@ def run_merge_with_an_empty_rank(rank):
     for empty in range(2):
         x = X[:0] if rank == empty else X[:12]
         sketch = gather(x, "map", 16, num_samples=12, rank=rank, world_size=2)
-        merge_over_ranks(sketch)
+        sketch.merge()
         merged.append((sketch.count, sketch.profiles()))
     return merged
 

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from lightning_dropcluster.sketch import ADDITIVE, Sketch
+from lightning_dropcluster.sketch import Sketch
 
 SCOPES = ("map", "position", "layer", "channel")
 SHAPES = ((3, 5), (2, 3, 4), (2, 2, 3, 2))
+ADDITIVE = ("moments", "sums", "column_sums", "count")
 TENSORS = (*ADDITIVE, "origin")
 
 
@@ -84,6 +85,14 @@ def test_how_the_samples_are_split_into_batches_does_not_matter(cuts, scope, ske
     torch.testing.assert_close(parts.profiles(), whole.profiles(), rtol=0, atol=1e-5)
 
 
+def add_up(first, others):
+    """What `Sketch.merge` does over ranks (tests/test_ranks.py), here in one process."""
+    for other in others:
+        other.rebase(first.origin)
+        for name in ADDITIVE:
+            getattr(first, name).add_(getattr(other, name))
+
+
 @given(st.integers(1, 4), st.sampled_from(SCOPES), st.sampled_from([8, 64, 512]))
 @settings(deadline=None, max_examples=30)
 def test_merged_ranks_equal_one_process(ranks, scope, sketch_dim):
@@ -93,20 +102,10 @@ def test_merged_ranks_equal_one_process(ranks, scope, sketch_dim):
         gather([x[rank::ranks]], num_samples=24 // ranks, rank=rank, world_size=ranks, **options)
         for rank in range(ranks)
     )
-    for other in others:
-        first.merge(other)
+    add_up(first, others)
     for name in TENSORS:
         torch.testing.assert_close(getattr(first, name), getattr(alone, name), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(first.profiles(), alone.profiles(), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("empty_first", [True, False])
-def test_merging_an_empty_sketch_changes_nothing(empty_first):
-    full, empty = gather([make_x()]), gather([])
-    expected = full.profiles()
-    first, second = (empty, full) if empty_first else (full, empty)
-    first.merge(second)
-    assert torch.equal(first.profiles(), expected)
 
 
 @pytest.mark.parametrize("sample", [0, 7, 23])
@@ -125,8 +124,7 @@ def test_features_that_never_change_are_zero(ranks, value):
     x = make_x()
     x[:, 0, 1] = value
     first, *others = (gather(x[rank::ranks].split(3), world_size=ranks, rank=rank) for rank in range(ranks))
-    for other in others:
-        first.merge(other)
+    add_up(first, others)
     alive = first.profiles().any(dim=2).reshape(2, 3, 4)
     assert not alive[0, 1].any()
     assert alive.sum() == 20
@@ -141,8 +139,7 @@ def test_features_equal_on_all_ranks_but_for_one_sample_are_alive(value, ranks):
         gather(x[rank::ranks].split(64), (1, 3), num_samples=2000, world_size=ranks, rank=rank)
         for rank in range(ranks)
     )
-    for other in others:
-        first.merge(other)
+    add_up(first, others)
     assert first.profiles().any(dim=2).tolist() == [[True, True, False]]
 
 

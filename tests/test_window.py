@@ -4,7 +4,7 @@ import torch
 from lightning_dropcluster.regularizers import Gathering
 from lightning_dropcluster.scopes import SCOPES
 from lightning_dropcluster.sketch import Sketch
-from lightning_dropcluster.window import GatheringWindow, merge_over_ranks
+from lightning_dropcluster.window import GatheringWindow
 
 SHAPE = (2, 3, 4)
 
@@ -206,5 +206,5 @@ def test_merging_over_one_rank_changes_nothing():
     sketch = Sketch(SHAPE)
     sketch.update(make_x())
     before = {name: value.clone() for name, value in sketch.state_dict().items()}
-    merge_over_ranks(sketch)
+    sketch.merge()
     assert all(torch.equal(value, before[name]) for name, value in sketch.state_dict().items())

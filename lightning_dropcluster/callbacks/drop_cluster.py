@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_dropcluster.callbacks.base import LayerCallback, is_trial
-from lightning_dropcluster.checks import MAX_INT, check_bool, check_choice, check_not_both, check_number
+from lightning_dropcluster.checks import MAX_INT, check_bool, check_number
 from lightning_dropcluster.clustered_layers import ClusteredLayers, Report
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, TorchKMeans
 from lightning_dropcluster.clustering.protocol import check_clusterer
@@ -18,7 +19,7 @@ from lightning_dropcluster.layers import Layers, LayerTypes
 from lightning_dropcluster.logged_pictures import PictureLog
 from lightning_dropcluster.progress import Progress
 from lightning_dropcluster.reclustering import try_clusterer
-from lightning_dropcluster.regularizers.cluster_drop import RESCALES
+from lightning_dropcluster.regularizers import ClusterDrop
 from lightning_dropcluster.schedules import make_schedule
 from lightning_dropcluster.scopes import SCOPES, Grouping
 from lightning_dropcluster.state import read_state
@@ -122,22 +123,14 @@ class DropCluster(LayerCallback):
     ) -> None:
         drop_prob = check_number("drop_prob", drop_prob, 0, 1, high_open=True)
         grouping = Grouping(scope, num_clusters, cluster_size, position_weight)
-        check_not_both("every_n_epochs", every_n_epochs, "every_n_train_steps", every_n_train_steps)
-        if every_n_epochs is not None:
-            every_n_epochs = check_number("every_n_epochs", every_n_epochs, 0, integer=True)
-        if every_n_train_steps is not None:
-            every_n_train_steps = check_number("every_n_train_steps", every_n_train_steps, 0, integer=True)
         num_samples = check_number("num_samples", num_samples, 1, MAX_INT, integer=True)
         sketch_dim = check_number("sketch_dim", sketch_dim, 1, MAX_INT, integer=True)
         sketch_momentum = check_number("sketch_momentum", sketch_momentum, 0, 1, high_open=True)
         if clusterer is not None:
             check_clusterer(clusterer)
-        check_bool("per_sample", per_sample)
-        check_bool("paired", paired)
-        if paired and not per_sample:
-            raise ValueError(f"paired=True: needs per_sample=True, got per_sample={per_sample!r}")
+        # The module checks its own settings, here as early as the others.
+        ClusterDrop(torch.zeros(1, 1).int(), per_sample=per_sample, rescale=rescale, paired=paired)
         check_bool("log_pictures", log_pictures)
-        check_choice("rescale", rescale, RESCALES)
         overlap_steps = check_number("overlap_steps", overlap_steps, 0, integer=True)
         seed = check_number("seed", seed, 0, MAX_INT, integer=True)
 

@@ -12,7 +12,7 @@ from lightning_dropcluster.functional.drop_block import drop_block, expected_dro
 from lightning_dropcluster.functional.dropout import dropout, spatial_dropout
 from lightning_dropcluster.functional.masking import draw_uniform
 from lightning_dropcluster.functional.prob_drop_block import prob_drop_block
-from lightning_dropcluster.functional.r_block import disagreement, draw_keep_pair, r_block_loss
+from lightning_dropcluster.functional.r_block import disagreement, r_block_loss
 
 __all__ = [
     "advanced_dropout",
@@ -21,7 +21,6 @@ __all__ = [
     "cluster_sizes",
     "corr_drop",
     "disagreement",
-    "draw_keep_pair",
     "draw_keep_table",
     "draw_uniform",
     "drop_block",

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dropcluster.functional.masking import draw_uniform
+from lightning_dropcluster.functional.masking import Draw, draw_uniform
 
 _SLICE = 2**21  # features whose mask, 8 MiB of float32, stays in the cache
 
@@ -65,19 +65,15 @@ def draw_keep_table(
     drop_prob: Tensor | float,
     *,
     device: torch.device | None = None,
-    shift: float = 0.0,
-    paired: bool = False,
+    draw: Draw = draw_uniform,
 ) -> Tensor:
     """Draw which clusters stay.
-
-    The draw comes from the default generator of the device, so that activation checkpointing repeats it.
 
     Args:
         shape: (samples, maps, clusters).
         drop_prob: probability in [0, 1) that a cluster is dropped; a 0-d tensor avoids recompilation.
         device: where to draw.
-        shift: in [0, 1), added to the uniform draw modulo 1, so that ranks which are seeded alike draw apart.
-        paired: whether the two halves of the samples are to drop different clusters, see `draw_uniform`.
+        draw: where the uniform numbers come from.
 
     Returns:
         A bool table of that shape, True where the cluster stays.
@@ -86,7 +82,7 @@ def draw_keep_table(
         >>> draw_keep_table((2, 3, 4), 0.0).all().item()
         True
     """
-    return draw_uniform(shape, device=device, shift=shift, paired=paired) >= drop_prob
+    return draw(shape, device=device) >= drop_prob
 
 
 def cluster_sizes(labels: Tensor, num_groups: int, num_clusters: int) -> Tensor:

@@ -1,12 +1,10 @@
-"""R-Block as pure functions: the loss of two passes that drop differently, and such draws."""
+"""R-Block as pure functions: the loss of two passes that drop differently."""
 
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from lightning_dropcluster.functional.masking import draw_uniform
 
 
 def r_block_loss(
@@ -68,35 +66,3 @@ def disagreement(first: Tensor, second: Tensor) -> Tensor:
     log_p, log_q = first.log_softmax(1, dtype=exact), second.log_softmax(1, dtype=exact)
     # The sum of both directions is the sum over classes of (p - q) (log p - log q).
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1).mean() / 2.0
-
-
-def draw_keep_pair(
-    shape: tuple[int, int, int],
-    drop_prob: Tensor | float,
-    *,
-    device: torch.device | None = None,
-    shift: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Draw two keep tables that differ as much as they can: what the second drops lies outside the first's.
-
-    Either table by itself is one of `draw_keep_table`. For drop_prob up to 1/2 no cluster is dropped in both;
-    above it only as many as must be. That disjoint clusters make the difference-maximising pair of R-Block is
-    our own reading.
-
-    Args:
-        shape: (samples, maps, clusters).
-        drop_prob: probability in [0, 1) that a cluster is dropped, in each table; a number or a 0-d tensor.
-        device: where to draw.
-        shift: see `draw_uniform`.
-
-    Returns:
-        Two bool tables of that shape, True where the cluster stays.
-
-    Example:
-        >>> first, second = draw_keep_pair((2, 3, 100), 0.5)
-        >>> (first | second).all().item()
-        True
-    """
-    uniform = draw_uniform((2 * shape[0], *shape[1:]), device=device, shift=shift, paired=True)
-    first, second = (uniform >= drop_prob).chunk(2)
-    return first, second

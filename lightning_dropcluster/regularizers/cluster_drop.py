@@ -29,7 +29,6 @@ class ClusterDrop(DropRegularizer):
             ``"expected"`` by 1 / (1 - drop_prob).
         paired: whether the two halves of each batch are to drop different clusters, for the pairs of R-Block:
             see `draw_uniform`. Needs ``per_sample``.
-        shift: see `Regularizer`.
         inplace: whether to overwrite the input; not under ``torch.compile``, which plans memory itself.
 
     Raises:
@@ -55,7 +54,6 @@ class ClusterDrop(DropRegularizer):
         per_sample: bool = True,
         rescale: str = "batch",
         paired: bool = False,
-        shift: float = 0.0,
         inplace: bool = False,
     ) -> None:
         super().__init__(drop_prob, paired=paired)
@@ -71,7 +69,7 @@ class ClusterDrop(DropRegularizer):
             num_clusters = int(labels.max()) + 1
         self.num_clusters = check_number("num_clusters", num_clusters, 1, integer=True)
         self.per_map, self.per_sample, self.rescale = per_map, per_sample, rescale
-        self.shift, self.inplace = shift, inplace
+        self.inplace = inplace
         self.register_buffer("labels", labels.to(smallest_integer_type(self.num_clusters), copy=True))
         self.register_buffer("sizes", torch.zeros(self._num_groups, self.num_clusters))
         self.to(labels.device)
@@ -126,7 +124,7 @@ class ClusterDrop(DropRegularizer):
                 f"labels of shape {tuple(self.labels.shape)}: do not fit activations {tuple(x.shape)}"
             )
         shape = (len(x) if self.per_sample else 1, self._num_groups, self.num_clusters)
-        keep = draw_keep_table(shape, self.drop_prob, device=x.device, shift=self.shift, paired=self.paired)
+        keep = draw_keep_table(shape, self.drop_prob, device=x.device, draw=self.draw)
         scale = None if self.rescale == "batch" else expected_scale(self.drop_prob)
         inplace = self.inplace and not torch.compiler.is_compiling()
         return cluster_drop(x, self.labels, keep, scale=scale, sizes=self.sizes, inplace=inplace)

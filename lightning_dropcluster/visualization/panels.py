@@ -181,9 +181,7 @@ def agreement(labels: Tensor, previous: Tensor, scope: str = "map") -> float:
     Returns:
         Adjusted Rand index: 1 where equal, 0 by chance.
     """
-    problems = SCOPES[scope].problems(tuple(labels.shape))
-    now, before = (SCOPES[scope].compress(one).reshape(problems) for one in (labels, previous))
-    return adjusted_rand_index(now, before)
+    return adjusted_rand_index(*map(SCOPES[scope].problem_labels, (labels, previous)))
 
 
 def headline(parts: Sequence[str | None]) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_dropcluster.checks import check_choice
+from lightning_dropcluster.functional import cluster_sizes
 from lightning_dropcluster.scopes import SCOPES
 from lightning_dropcluster.visualization.panels import check_labels, headline, new_figure
 
@@ -31,10 +32,9 @@ def cluster_sizes_of(labels: Tensor, scope: str = "map") -> Tensor:
         >>> cluster_sizes_of(torch.tensor([[[0, 0, 1]], [[0, 0, 0]]]))
         tensor([2, 1, 3])
     """
-    table = SCOPES[scope].compress(labels.detach().cpu().long())
-    rows = table.reshape(SCOPES[scope].problems(tuple(labels.shape)))
-    offsets = torch.arange(len(rows))[:, None] * (int(rows.max()) + 1)
-    return (rows + offsets).flatten().unique(return_counts=True)[1]
+    rows = SCOPES[scope].problem_labels(labels.detach().cpu())
+    sizes = cluster_sizes(rows, len(rows), int(rows.max()) + 1)
+    return sizes[sizes > 0].long()
 
 
 def plot_sizes(labels: Tensor, *, title: str | None = None, scope: str = "map") -> Figure:

@@ -1,5 +1,6 @@
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,13 @@ from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import interpolate
 
-from lightning_dropcluster.functional import cluster_drop, cluster_sizes, draw_keep_table, resize_labels
+from lightning_dropcluster.functional import (
+    cluster_drop,
+    cluster_sizes,
+    draw_keep_table,
+    draw_uniform,
+    resize_labels,
+)
 
 SCOPES = ("map", "position", "layer", "channel")
 SPATIAL = ((5,), (3, 4), (2, 3, 2))
@@ -164,7 +171,7 @@ def test_each_feature_drops_with_drop_prob_whatever_the_size_of_its_cluster(shif
     torch.manual_seed(0)
     sizes, draws, drop_prob = (1, 2, 13, 200), 20_000, 0.3
     labels = torch.arange(4).repeat_interleave(torch.tensor(sizes))[None]
-    keep = draw_keep_table((draws, 1, 4), drop_prob, shift=shift)
+    keep = draw_keep_table((draws, 1, 4), drop_prob, draw=partial(draw_uniform, shift=shift))
     dropped = cluster_drop(torch.ones(1, 1, 1).expand(draws, 1, sum(sizes)), labels, keep) == 0
     error = math.sqrt(drop_prob * (1 - drop_prob) / draws)
     assert (dropped.float().mean(0) - drop_prob).abs().max() < 4 * error
@@ -256,7 +263,7 @@ def test_the_shift_adds_to_the_uniform_draw_modulo_one():
     torch.manual_seed(3)
     uniform = torch.rand(50, 4, 5)
     torch.manual_seed(3)
-    keep = draw_keep_table((50, 4, 5), 0.4, shift=0.618)
+    keep = draw_keep_table((50, 4, 5), 0.4, draw=partial(draw_uniform, shift=0.618))
     assert torch.equal(keep, (uniform + 0.618).frac() >= 0.4)
 
 
@@ -264,7 +271,7 @@ def test_ranks_seeded_alike_draw_apart():
     tables = []
     for rank in range(3):
         torch.manual_seed(0)
-        tables.append(draw_keep_table((8, 4, 16), 0.5, shift=rank * 0.618 % 1.0))
+        tables.append(draw_keep_table((8, 4, 16), 0.5, draw=partial(draw_uniform, shift=rank * 0.618 % 1.0)))
     for one, other in itertools.combinations(tables, 2):
         assert 0.1 < (one == other).float().mean() < 0.9
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Categorical, kl_divergence
 
-from lightning_dropcluster.functional import cluster_drop, disagreement, draw_keep_pair, r_block_loss
+from lightning_dropcluster.functional import disagreement, r_block_loss
 
 
 def make_logits(*shape):
@@ -53,21 +53,3 @@ def test_coarse_logits_are_compared_in_single_precision():
 def test_logits_of_different_shapes_raise():
     with pytest.raises(ValueError, match=r"second of shape \(5, 1\)"):
         disagreement(torch.zeros(5, 4), torch.zeros(5, 1))
-
-
-def test_a_pair_of_tables_drops_disjoint_clusters_each_with_its_probability():
-    torch.manual_seed(0)
-    first, second = draw_keep_pair((500, 4, 50), 0.4, shift=0.3)
-    assert (first | second).all()
-    for keep in (first, second):
-        assert keep.shape == (500, 4, 50)
-        assert (~keep).float().mean() == pytest.approx(0.4, abs=0.01)
-
-
-def test_a_pair_of_tables_makes_disjoint_drops_of_clusters():
-    torch.manual_seed(0)
-    x, labels = torch.ones(3, 2, 4, 5), torch.randint(6, (2, 4, 5))
-    first, second = (cluster_drop(x, labels, keep) == 0 for keep in draw_keep_pair((3, 2, 6), 0.4))
-    assert first.any()
-    assert second.any()
-    assert not (first & second).any()
