@@ -6,7 +6,6 @@ from contextlib import nullcontext
 
 import pytest
 import pytorch_lightning as pl
-import timm
 import torch
 from fits import At, Classifier, ResumableLoader, count_hooks, make_loader, make_trainer, tiny_resnet
 from pytorch_lightning.loggers import CSVLogger
@@ -326,20 +325,6 @@ def test_checkpoints_load_safely_and_into_plain_timm(loader, tmp_path):
     tiny_resnet().load_state_dict(weights, strict=True)
 
 
-def test_checkpoints_are_exchanged_with_runs_without_the_callback(loader, tmp_path):
-    with_it, without_it = tmp_path / "with.ckpt", tmp_path / "without.ckpt"
-    for path, callbacks in ((with_it, [make_callback()]), (without_it, [])):
-        trainer = make_trainer(*callbacks, max_epochs=2)
-        trainer.fit(Classifier(), loader)
-        trainer.save_checkpoint(path)
-    callback = make_callback()
-    with pytest.warns(UserWarning, match="the checkpoint has no state of this callback"):
-        make_trainer(callback).fit(Classifier(), loader, ckpt_path=without_it)
-    assert callback.labels
-    with pytest.warns(UserWarning, match="callback"):
-        make_trainer().fit(Classifier(), loader, ckpt_path=with_it)
-
-
 def test_not_a_number_keeps_the_old_labels_and_warns(loader):
     seen = []
 
@@ -551,26 +536,6 @@ def test_scopes(loader, scope, options):
         assert (labels == labels[:, :1, :1]).all()
     if "num_clusters" in options:
         assert labels.max() == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "layers", "size"),
-    [
-        ("convnext_atto", "stages.[12].blocks.*.conv_dw", 32),
-        ("efficientnet_b0", "re:conv_dw$", 32),
-        ("regnetx_002", "s[34].*.conv2.conv", 32),
-        ("densenet121", "features.denseblock4.*.conv2", 32),
-        ("mobilenetv3_small_050", "**.conv_pwl", 32),
-        ("vgg11", "features.[36]", 32),
-    ],
-)
-def test_timm_families(name, layers, size):
-    module = Classifier(timm.create_model(name, pretrained=False, num_classes=4))
-    keys, callback = list(module.state_dict()), make_callback(layers, start=0.0, num_samples=4)
-    loader = make_loader(8, 4, size)
-    make_trainer(callback, max_epochs=2).fit(module, loader)
-    assert callback.labels
-    assert list(module.state_dict()) == keys
 
 
 def test_one_and_three_dimensional_convs():

@@ -242,6 +242,7 @@ def test_checkpoints_are_exchanged_with_runs_without_the_callback(has_it, tmp_pa
         make_trainer(*([] if has_it else [callback])).fit(module, make_loader(), ckpt_path=path)
     about = [str(w.message) for w in caught if "callback" in str(w.message).lower()]
     assert len(about) == 1
+    assert has_it or "the checkpoint has no state of this callback" in about[0]
     assert bool(callback.labels) != has_it
 
 

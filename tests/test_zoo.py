@@ -119,7 +119,10 @@ ZOO = {
     "xception_aligned": [("xception41", "blocks.0.**.conv_dw", 32)],
     "xcit": [("xcit_nano_12_p16_224", "blocks.[01].local_mp.conv*", 64)],
 }
-QUICK = ("resnet", "byobnet", "convnext", "densenet", "efficientnet", "nfnet", "swin_transformer", "fastvit")
+QUICK = (
+    *("resnet", "byobnet", "convnext", "densenet", "efficientnet", "mobilenetv3", "nfnet", "regnet"),
+    *("swin_transformer", "fastvit"),
+)
 REPARAMETERISED = {
     "repvgg_a0": "conv_kxk.conv",
     "mobileone_s0": "conv_kxk.0.conv",
