@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_dropcluster.clusters import SavedClusters, read_checkpoint
-from lightning_dropcluster.layers import matching_names, nearest_names
+from lightning_dropcluster.patterns import matching_names, nearest_names
 from lightning_dropcluster.visualization import (
     neighbor_colors,
     plot_clusters,

@@ -14,8 +14,9 @@ from torch import nn
 
 from lightning_dropcluster.checkpoint_plots import read_histories, read_image, save_plots
 from lightning_dropcluster.checks import check_number
-from lightning_dropcluster.layers import CONV_LAYERS, WIDEN, nearest_names, select_layers
+from lightning_dropcluster.layers import CONV_LAYERS, WIDEN, select_layers
 from lightning_dropcluster.listing import print_history, print_layers
+from lightning_dropcluster.patterns import nearest_names
 from lightning_dropcluster.preview import Preview, preview
 
 if TYPE_CHECKING:

@@ -1,21 +1,19 @@
 """A look before training: what patterns pick, how many clusters it makes, and what gathering them takes."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_dropcluster.checks import MAX_INT, check_number
 from lightning_dropcluster.layers import Layers, LayerTypes, select_layers
 from lightning_dropcluster.scopes import SCOPES, Grouping, Shape
 from lightning_dropcluster.sketch import Sketch
-from lightning_dropcluster.suggestions import Call, stage_ends, suggest_patterns, suggest_stages
-
-_NO_FORWARD = {"_forward_unimplemented", "LightningModule.forward"}
+from lightning_dropcluster.suggestions import suggest_patterns, suggest_stages
+from lightning_dropcluster.tracing import trace
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,7 @@ def preview(
         "sketch_dim": check_number("sketch_dim", sketch_dim, 1, MAX_INT, integer=True),
     }
     picked = select_layers(module, layers, layer_types)
-    calls = _trace(module, picked, example_input)
+    calls = trace(module, picked, example_input)
     shapes = {call.name: call.shape for call in reversed(calls) if call.shape}
     found = (_describe(name, layer, shapes.get(name), grouping, sizes) for name, layer in picked.items())
     return Preview(tuple(found), suggest_patterns(module, calls), tuple(suggest_stages(calls)))
@@ -196,108 +194,6 @@ def _describe(
         num_clusters=grouping.clusters_for(shape),
         sketch_bytes=sum(buffer.nbytes for buffer in sketch.buffers()),
     )
-
-
-def _trace(module: nn.Module, picked: Mapping[str, nn.Module], example_input: Any) -> list[Call]:
-    """Run the model once and note which layers run, in what order and with what output."""
-    args, kwargs = _arguments(module, example_input)
-    calls: list[Call] = []
-    ends = stage_ends(module)
-    watched = {**_convs(module), **picked, **{name: module.get_submodule(name) for name in ends}}
-
-    def note(name: str, output: Any) -> None:
-        shape = tuple(output.shape[1:]) if isinstance(output, Tensor) and output.ndim > 1 else None
-        calls.append(Call(name, watched[name], shape, ends.get(name)))
-
-    with ExitStack() as stack:
-        for name, layer in watched.items():
-            hook = layer.register_forward_hook(lambda _layer, _inputs, output, name=name: note(name, output))
-            stack.callback(hook.remove)
-        stack.enter_context(_left_as_it_was(module))
-        try:
-            for called in _callable_modules(module, picked):
-                _call_on_copied_buffers(called, args, kwargs)
-        except Exception as error:
-            shapes = [tuple(x.shape) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            error.add_note(
-                f"example_input: the module was called with inputs of shapes {shapes}; give a batch, or the "
-                "shape (C, *spatial) of one sample, without the batch"
-            )
-            raise
-    return calls
-
-
-def _call_on_copied_buffers(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Run a model whose buffers are copies, so that what it writes into them is lost."""
-    copies = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    with torch.compiler.set_stance("force_eager"):
-        torch.func.functional_call(module, copies, args, kwargs)
-
-
-def _convs(module: nn.Module) -> dict[str, nn.Module]:
-    try:
-        return select_layers(module, "**")
-    except ValueError:  # no conv layer at all: the pattern was for other types
-        return {}
-
-
-def _callable_modules(module: nn.Module, picked: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """The module, or its children that hold picked layers where it has no forward."""
-    if type(module).forward.__qualname__ not in _NO_FORWARD:
-        return [module]
-    ids = {id(layer) for layer in picked.values()}
-    return [child for child in module.children() if any(id(inner) in ids for inner in child.modules())]
-
-
-@contextmanager
-def _left_as_it_was(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, and afterwards the modes and random generators as before."""
-    training = [inner for inner in module.modules() if inner.training]
-    devices = {weight.device for weight in module.parameters() if weight.device.type == "cuda"}
-    try:
-        for inner in training:
-            inner.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            yield
-    finally:
-        for inner in training:
-            inner.training = True
-
-
-def _arguments(module: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Make what ``forward`` is called with, on the model's device."""
-    if example is None:
-        example = getattr(module, "example_input_array", None)
-    if example is None:
-        raise ValueError(
-            "example_input: give a batch, or the shape of one sample such as (3, 224, 224); the module "
-            "has no example_input_array"
-        )
-    weight = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    if (shape := _sample_shape(example)) is not None:
-        return (torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device),), {}
-    if isinstance(example, Mapping):
-        return (), {name: _moved(value, weight.device) for name, value in example.items()}
-    values = example if isinstance(example, tuple | list) else (example,)
-    return tuple(_moved(value, weight.device) for value in values), {}
-
-
-def _sample_shape(example: Any) -> tuple[int, ...] | None:
-    """Read the shape of a sample; ``None`` where it is no shape but a batch."""
-    is_listed = isinstance(example, tuple | list)
-    sides: Any = example if is_listed else (example,)
-    if not all(isinstance(side, int | float | str) for side in sides):
-        return None
-    if not (is_listed and sides and all(type(side) is int and side > 0 for side in sides)):
-        raise ValueError(
-            f"example_input={example!r}: must be a batch, or the shape (C, *spatial) of one sample, integers "
-            "of at least 1"
-        )
-    return tuple(sides)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _align(column: int, text: str, width: int) -> str:

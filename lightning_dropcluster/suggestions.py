@@ -1,72 +1,17 @@
 """Name patterns for common choices of layers, found from the model itself."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Collection, Iterator, Sequence
 
 from torch import nn
 
-from lightning_dropcluster.layers import CONV_LAYERS, compile_pattern, select_layers
-from lightning_dropcluster.scopes import Shape
+from lightning_dropcluster.layers import select_layers
+from lightning_dropcluster.patterns import compile_pattern
+from lightning_dropcluster.tracing import Call
 
 _MOST_PATTERNS = 8  # a longer list says less than a look at the table
 
 _SHORTCUTS = {"downsample", "shortcut"}
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a module in a forward pass.
-
-    Args:
-        name: of the module.
-        module: itself.
-        shape: (C, *spatial) of its output, ``None`` where that is no tensor.
-        stage_channels: what `stage_ends` says of it, ``None`` where it is none of these.
-    """
-
-    name: str
-    module: nn.Module
-    shape: Shape | None
-    stage_channels: int | None = None
-
-    @property
-    def ends_stage(self) -> bool:
-        """Whether it is one of `stage_ends`."""
-        return self.stage_channels is not None
-
-    @property
-    def gives_stage_maps(self) -> bool:
-        """Whether it ends a stage with maps of more than one position, not with tokens or channels last."""
-        return self.shape is not None and self.shape[0] == self.stage_channels and prod(self.shape[1:]) > 1
-
-    @property
-    def is_conv(self) -> bool:
-        """Whether a conv layer ran, on maps of more than one position (not a squeeze-and-excite's)."""
-        return isinstance(self.module, CONV_LAYERS) and bool(self.shape) and prod(self.shape[1:]) > 1
-
-
-def stage_ends(root: nn.Module) -> dict[str, int]:
-    """Find the modules with which the stages of a model end.
-
-    Args:
-        root: a timm model, or a module that has one as its child. timm's models say in ``feature_info``
-            where their stages end.
-
-    Returns:
-        Name to number of channels; none for other models. Ends that timm places inside a block are left out,
-        since the block's shortcut leads past them.
-    """
-    ends: dict[str, int] = {}
-    for prefix, model in [("", root), *((f"{name}.", child) for name, child in root.named_children())]:
-        named, info = dict(model.named_modules()), getattr(model, "feature_info", None)
-        for entry in getattr(info, "info", info) or ():
-            # Models made with features_only=True have underscores in place of the dots.
-            for name in (str(entry["module"]), str(entry["module"]).replace(".", "_")):
-                if name in named and not _is_inside_a_block(name, named):
-                    ends[prefix + name] = entry["num_chs"]
-    return ends
 
 
 def suggest_patterns(root: nn.Module, calls: Sequence[Call]) -> dict[str, list[str]]:
@@ -166,13 +111,6 @@ def _stages(calls: Sequence[Call]) -> Iterator[tuple[Call, Call]]:
             last = call
         if call.ends_stage and last is not None:
             yield call, last
-
-
-def _is_inside_a_block(name: str, named: Mapping[str, nn.Module]) -> bool:
-    """Whether something other than a plain container stands between a module and its model."""
-    parts = name.split(".")
-    around = (named[".".join(parts[:count])] for count in range(1, len(parts)))
-    return not all(isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) for module in around)
 
 
 def _kernel(call: Call) -> tuple[int, ...]:

@@ -18,9 +18,9 @@ from lightning_dropcluster.layers import (
     check_layer_types,
     check_patterns,
     count_channels,
-    nearest_names,
     select_layers,
 )
+from lightning_dropcluster.patterns import nearest_names
 
 SEGMENTS = st.sampled_from(["a", "b", "ab", "a1", "0", "conv1"])
 TREES = st.dictionaries(

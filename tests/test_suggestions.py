@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_dropcluster import preview, select_layers
-from lightning_dropcluster.layers import compile_pattern
+from lightning_dropcluster.patterns import compile_pattern
 from lightning_dropcluster.suggestions import cover
 
 STEM, ENDS, LATE = "stem", "last conv of each stage", "k × k convs of the last two stages"
