@@ -458,6 +458,10 @@ TRANSFER_500 = replace(
     methods=(
         Method("DropCluster", {**_STAGE_OUTPUTS, **_CLUSTERS}, _GENTLE),
         Method("DropCluster, shuffled", {**_STAGE_OUTPUTS, **_CLUSTERS, "clusters": "shuffled"}, _GENTLE),
+        Method(
+            "DropCluster as its control",
+            {**_STAGE_OUTPUTS, **_CLUSTERS, "drop_prob": 0.1, "cluster_size": 16},
+        ),
         Method("none"),
         Method(
             "Dropout",
@@ -465,6 +469,7 @@ TRANSFER_500 = replace(
             tuple({"drop_prob": prob} for prob in (0.05, 0.1, 0.2, 0.4)),
         ),
     ),
+    rounds=(*_BY_SEED, (range(5), ("DropCluster as its control",))),
 )
 """The same images, seen by a network that was trained on ImageNet: what most users do."""
 
