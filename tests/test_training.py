@@ -550,7 +550,7 @@ def test_layers_that_were_replaced_are_told(loader):
         if trainer.global_step == 6:
             module.model.conv = nn.Conv2d(3, 8, 3, padding=1)
 
-    with pytest.warns(UserWarning, match=r"layers model\.conv were replaced since training began"):
+    with pytest.warns(UserWarning, match=r"layers model\.conv are no longer part of the model"):
         make_trainer(make_callback(start=0.0), At(replace)).fit(Classifier(Small()), loader)
 
 

@@ -269,8 +269,8 @@ class LayerCallback(_Base):
         gone = [name for name, module in self._hooked.items() if id(module) not in there]
         if gone:
             self._warn(
-                f"layers {', '.join(gone)} were replaced since training began, so nothing is dropped or "
-                "gathered there; replace them before fit, or fit again"
+                f"layers {', '.join(gone)} are no longer part of the model, so nothing is dropped or "
+                "gathered there; replace or fuse layers before fit, or fit again"
             )
         idle = [name for name, module in self._hooked.items() if not module.training]
         if idle:
