@@ -73,7 +73,8 @@ def draw_keep_table(
         shape: (samples, maps, clusters).
         drop_prob: probability in [0, 1) that a cluster is dropped; a 0-d tensor avoids recompilation.
         device: where to draw.
-        draw: where the uniform numbers come from.
+        draw: where the uniform numbers come from; `draw_uniform` can also draw apart on ranks that are seeded
+            alike, and pairs that drop different clusters.
 
     Returns:
         A bool table of that shape, True where the cluster stays.
