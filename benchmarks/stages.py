@@ -29,6 +29,8 @@ StageName = Literal[
     "augmented-2000",
     "augmented-long-1000",
     "scaled-1000",
+    "peers-2000",
+    "peers-5000",
     "larger-500",
     "transfer-500",
 ]
@@ -417,6 +419,39 @@ SCALED_1000 = replace(
 )
 """Whether what dropping gains is gained by temperature scaling as well, which costs nothing."""
 
+_PEERS_BASE = replace(BLOCKS_2000.base, precision="32-true", calibration_samples=250)
+PEERS_2000 = replace(
+    BLOCKS_1000,
+    base=_PEERS_BASE,
+    methods=(
+        SCALED_1000.methods[0],
+        Method("SpatialDropout", {**_AFTER_ADD, "regularizer": "spatial_dropout", "drop_prob": 0.3}),
+        Method(
+            "ProbDropBlock",
+            {**_AFTER_ADD, "regularizer": "prob_drop_block", "drop_prob": 0.5, "block_size": 5},
+        ),
+        Method("CorrDrop", {**_AFTER_ADD, "regularizer": "corr_drop", "drop_prob": 0.35, "block_size": 5}),
+        Method("DropPath", {**_AFTER_ADD, "regularizer": "drop_path", "drop_prob": 0.6}),
+        Method("Advanced Dropout", {**_AFTER_ADD, "regularizer": "advanced_dropout", "regularizer_lr": 1e-3}),
+    ),
+    rounds=[((seed,), BLOCKS_REST_1000.rounds[0][1]) for seed in range(3)],
+)
+"""The other peers on twice the images, all methods with what was chosen for 1,000."""
+
+PEERS_5000 = replace(
+    PEERS_2000,
+    base=replace(_PEERS_BASE, train_samples=5000),
+    methods=(
+        *PEERS_2000.methods,
+        Method("DropBlock", {**_AFTER_ADD, "regularizer": "drop_block", "drop_prob": 0.5, "block_size": 5}),
+    ),
+    rounds=(
+        *[((seed,), ("DropCluster", "DropBlock")) for seed in range(5)],
+        (range(1), ("Advanced Dropout", "SpatialDropout", "DropPath", "ProbDropBlock", "CorrDrop")),
+    ),
+)
+"""DropBlock on five times the images, with what was chosen for 2,000 as in `blocks-5000`; then the others."""
+
 _BY_SEED = [((seed,), _FIRST_FOUR) for seed in range(5)]
 LARGER_500 = replace(
     BLOCKS_1000,
@@ -493,6 +528,8 @@ STAGES: dict[str, Stage] = {
     "augmented-2000": AUGMENTED_2000,
     "augmented-long-1000": AUGMENTED_LONG_1000,
     "scaled-1000": SCALED_1000,
+    "peers-2000": PEERS_2000,
+    "peers-5000": PEERS_5000,
     "larger-500": LARGER_500,
     "transfer-500": TRANSFER_500,
 }
