@@ -6,7 +6,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else idle threads spin, very slow on busy cores
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,7 @@ from lightning_dropcluster.sketch import Sketch
 
 MODELS = (
     ("resnet50", "layer*.*.conv2"),
+    ("resnet50", "layer[1-3]"),
     ("resnet50", "conv1"),
     ("convnext_tiny", "**.conv_dw"),
     ("efficientnet_b0", "**.conv_dw"),
@@ -45,6 +46,7 @@ class Settings:
 
     Args:
         quick: the first model and the smaller shape only, few repeats: a check that takes a minute.
+        layers: only the steps of the model with this pattern in `MODELS`; by default all, and the operations.
         repeats: timed runs of each case.
         batch_size: images per training step.
         size: of the images in pixels; by default 224 on a GPU and 96 elsewhere.
@@ -53,11 +55,17 @@ class Settings:
     """
 
     quick: bool = False
+    layers: str | None = None
     profile: bool = False
     repeats: int = 15
     batch_size: int = 16
     size: int | None = None
     out: str | None = None
+
+    def __post_init__(self) -> None:
+        patterns = [pattern for _, pattern in MODELS]
+        if self.layers is not None and self.layers not in patterns:
+            raise ValueError(f"layers must be one of {patterns}, got {self.layers!r}")
 
 
 class Naive(nn.Module):
@@ -189,7 +197,7 @@ def step_cases(name: str, pattern: str, settings: Settings, device: torch.device
     model = timm.create_model(name).to(device)
     size = settings.size or (224 if device.type == "cuda" else 96)
     images = torch.randn(settings.batch_size, 3, size, size, device=device)
-    modules = select_layers(model, pattern)
+    modules = select_layers(model, pattern, nn.Module)
 
     def plain() -> None:
         model.zero_grad()
@@ -252,6 +260,19 @@ def show_profile(cases: dict[str, Step], repeats: int) -> None:
         print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
 
 
+def models(settings: Settings) -> Sequence[tuple[str, str]]:
+    """List what to time the training steps of."""
+    chosen = [(name, pattern) for name, pattern in MODELS if settings.layers in (None, pattern)]
+    return chosen[:1] if settings.quick else chosen
+
+
+def shapes(settings: Settings) -> Sequence[tuple[int, ...]]:
+    """List the activations to time the operations on."""
+    if settings.layers is not None:
+        return ()
+    return SHAPES[-1:] if settings.quick else SHAPES
+
+
 def main(settings: Settings) -> None:
     """Time the models' steps and the operations, and write a line for each case."""
     device = usual_device()
@@ -259,11 +280,11 @@ def main(settings: Settings) -> None:
         show_profile(step_cases(*MODELS[0], settings, device), settings.repeats)
         return
     repeats = min(settings.repeats, 3) if settings.quick else settings.repeats
-    for name, pattern in MODELS[:1] if settings.quick else MODELS:
+    for name, pattern in models(settings):
         seconds = time_alternating(step_cases(name, pattern, settings, device), repeats, device)
         for record in report("step", seconds, "no callback", device, model=name, layers=pattern):
             write_line(record, settings.out)
-    for shape in SHAPES[-1:] if settings.quick else SHAPES:
+    for shape in shapes(settings):
         for memory_format in (torch.contiguous_format, torch.channels_last):
             seconds = time_alternating(op_cases(shape, memory_format, device), repeats, device)
             what = {"shape": list(shape), "memory_format": str(memory_format).removeprefix("torch.")}
