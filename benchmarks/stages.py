@@ -419,38 +419,37 @@ SCALED_1000 = replace(
 )
 """Whether what dropping gains is gained by temperature scaling as well, which costs nothing."""
 
-_PEERS_BASE = replace(BLOCKS_2000.base, precision="32-true", calibration_samples=250)
+_OTHER_PEERS = ("SpatialDropout", "ProbDropBlock", "CorrDrop", "DropPath", "Advanced Dropout")
+_CHOSEN_CLUSTERS: dict[str, Any] = {**_AFTER_ADD, **_CLUSTERS, "drop_prob": 0.35, "cluster_size": 16}
+_CHOSEN_BLOCKS: dict[str, Any] = {**_AFTER_ADD, "drop_prob": 0.5, "block_size": 5}
+_RUN_BEFORE: dict[str, Any] = {"precision": "bf16-mixed", "calibration_samples": 0}
 PEERS_2000 = replace(
-    BLOCKS_1000,
-    base=_PEERS_BASE,
+    BLOCKS_2000,
+    base=replace(BLOCKS_2000.base, precision="32-true", calibration_samples=250),
     methods=(
-        SCALED_1000.methods[0],
+        Method("DropCluster", {**_CHOSEN_CLUSTERS, **_RUN_BEFORE}),
+        Method("DropCluster in float32", _CHOSEN_CLUSTERS),
         Method("SpatialDropout", {**_AFTER_ADD, "regularizer": "spatial_dropout", "drop_prob": 0.3}),
-        Method(
-            "ProbDropBlock",
-            {**_AFTER_ADD, "regularizer": "prob_drop_block", "drop_prob": 0.5, "block_size": 5},
-        ),
-        Method("CorrDrop", {**_AFTER_ADD, "regularizer": "corr_drop", "drop_prob": 0.35, "block_size": 5}),
+        Method("ProbDropBlock", {**_CHOSEN_BLOCKS, "regularizer": "prob_drop_block"}),
+        Method("CorrDrop", {**_CHOSEN_BLOCKS, "regularizer": "corr_drop", "drop_prob": 0.35}),
         Method("DropPath", {**_AFTER_ADD, "regularizer": "drop_path", "drop_prob": 0.6}),
         Method("Advanced Dropout", {**_AFTER_ADD, "regularizer": "advanced_dropout", "regularizer_lr": 1e-3}),
+        Method("DropBlock", {**_CHOSEN_BLOCKS, "regularizer": "drop_block"}),
     ),
-    rounds=[((seed,), BLOCKS_REST_1000.rounds[0][1]) for seed in range(3)],
+    rounds=(
+        ((0,), ("DropCluster in float32", *_OTHER_PEERS)),
+        *[((seed,), _OTHER_PEERS) for seed in (1, 2)],
+        (range(3), ("DropCluster",)),
+    ),
 )
-"""The other peers on twice the images, all methods with what was chosen for 1,000."""
+"""The other peers on twice the images, all with what was chosen for 1,000, beside runs of `blocks-2000`."""
 
 PEERS_5000 = replace(
     PEERS_2000,
-    base=replace(_PEERS_BASE, train_samples=5000),
-    methods=(
-        *PEERS_2000.methods,
-        Method("DropBlock", {**_AFTER_ADD, "regularizer": "drop_block", "drop_prob": 0.5, "block_size": 5}),
-    ),
-    rounds=(
-        *[((seed,), ("DropCluster", "DropBlock")) for seed in range(5)],
-        (range(1), ("Advanced Dropout", "SpatialDropout", "DropPath", "ProbDropBlock", "CorrDrop")),
-    ),
+    base=replace(PEERS_2000.base, train_samples=5000),
+    rounds=((range(5), ("DropBlock",)), (range(5), ("DropCluster",))),
 )
-"""DropBlock on five times the images, with what was chosen for 2,000 as in `blocks-5000`; then the others."""
+"""DropBlock with what was chosen for 2,000, beside runs of `blocks-5000`."""
 
 _BY_SEED = [((seed,), _FIRST_FOUR) for seed in range(5)]
 LARGER_500 = replace(
