@@ -38,7 +38,8 @@ def cluster_drop(
             where one set of clusters serves the whole layer.
         scale: factor for what is kept; ``None`` for (number of features) / (number kept), counted over the
             batch.
-        sizes: features per cluster (G, K) as `cluster_sizes` counts them, to save counting them again.
+        sizes: features per cluster (G, K), of any number type, as `cluster_sizes` counts them, to save counting
+            them again.
         inplace: whether ``x`` itself may be overwritten; only where nobody else needs its values.
 
     Returns:
@@ -56,7 +57,7 @@ def cluster_drop(
             sizes = cluster_sizes(resized, *keep.shape[1:])
         scale = _kept_ratio(keep, sizes, resized.numel())
     elif not isinstance(scale, Tensor):
-        scale = torch.tensor(scale, device=x.device)
+        scale = torch.tensor(scale, dtype=torch.float32, device=x.device)
     return _ClusterDrop.apply(x, resized, keep, scale, inplace)  # pyright: ignore[reportReturnType]
 
 

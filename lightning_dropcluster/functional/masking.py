@@ -115,7 +115,9 @@ def kept_ratio(dropped: Tensor) -> Tensor:
         >>> kept_ratio(torch.tensor([True, False, False, False]))
         tensor(1.3333)
     """
-    kept = dropped.numel() - dropped.count_nonzero()
+    # A quotient of integers would take torch's default type, in which Lightning's true half precision
+    # counts no further than 65,504.
+    kept = (dropped.numel() - dropped.count_nonzero()).float()
     return torch.where(kept > 0, dropped.numel() / kept, 1.0)
 
 

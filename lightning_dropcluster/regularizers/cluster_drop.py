@@ -71,7 +71,9 @@ class ClusterDrop(DropRegularizer):
         self.per_map, self.per_sample, self.rescale = per_map, per_sample, rescale
         self.inplace = inplace
         self.register_buffer("labels", labels.to(smallest_integer_type(self.num_clusters), copy=True))
-        self.register_buffer("sizes", torch.zeros(self._num_groups, self.num_clusters))
+        # Integers, since .half() would round others.
+        sizes = torch.zeros(self._num_groups, self.num_clusters, dtype=torch.int32)
+        self.register_buffer("sizes", sizes)
         self.to(labels.device)
         self.set_labels(labels)
 

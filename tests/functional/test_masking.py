@@ -32,6 +32,17 @@ def test_the_kept_ratio(dropped, ratio):
     assert kept_ratio(torch.arange(4) < dropped).item() == pytest.approx(ratio)
 
 
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_kept_ratio_counts_beyond_half_precision_whatever_the_default_type(default):
+    dropped = torch.arange(80_000) < 20_000
+    torch.set_default_dtype(default)
+    try:
+        ratio = kept_ratio(dropped)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(ratio, torch.tensor(4 / 3))
+
+
 @pytest.mark.parametrize("shift", [0.0, 0.618])
 @pytest.mark.parametrize("paired", [False, True])
 def test_draws_are_uniform_below_one(shift, paired):

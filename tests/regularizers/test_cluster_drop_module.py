@@ -67,6 +67,15 @@ def test_batch_rescaling_keeps_the_sum_of_ones():
     torch.testing.assert_close(ClusterDrop(LABELS, 0.4)(x).sum(), x.sum())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_batch_rescaling_is_as_exact_in_half_precision(dtype):
+    labels = (torch.arange(70_000) > 3000).int()[None]  # half precision holds neither size
+    torch.manual_seed(0)
+    scales = ClusterDrop(labels, 0.5).to(dtype)(torch.ones(8, 1, 70_000, dtype=dtype)).unique()
+    torch.manual_seed(0)
+    assert torch.equal(scales, ClusterDrop(labels, 0.5)(torch.ones(8, 1, 70_000)).unique().to(dtype))
+
+
 def test_expected_rescaling_divides_by_the_keep_probability():
     torch.manual_seed(0)
     out = ClusterDrop(LABELS, 0.2, rescale="expected")(torch.ones(4, 2, 6, 6))
