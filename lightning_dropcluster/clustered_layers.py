@@ -176,9 +176,11 @@ class ClusteredLayers:
 
         Raises:
             RuntimeError: where a layer has never run, or clustering failed on another rank.
+            ValueError: where a layer has run with several numbers of channels.
         """
-        for gathering in self._gatherings.values():
+        for name, gathering in self._gatherings.items():
             gathering.active = False
+            self._check_calls(name, gathering)
         if self.reclustering is not None:
             self.reclustering.wait_steps -= 1
         elif self.window is not None and self.window.is_full():
@@ -315,6 +317,15 @@ class ClusteredLayers:
                 ),
                 wait_steps=self.overlap_steps,
                 in_background=in_background,
+            )
+
+    def _check_calls(self, name: str, gathering: Gathering) -> None:
+        """Refuse a layer that is called with several numbers of channels, before labels of one meet another."""
+        other, shape = gathering.other_channels, gathering.shape
+        if other is not None and shape is not None and self.scope.label_shape(shape)[0] > 1:
+            raise ValueError(
+                f"layers: {name!r} is called several times in a step, with {shape[0]} and with {other} "
+                "channels, and has clusters for one number alone; choose other layers"
             )
 
     @contextmanager

@@ -567,6 +567,34 @@ def test_detection_like_models_call_a_layer_many_times(loader):
     assert callback.labels["model.head"].shape == (4, 32, 32)
 
 
+class SharedActivation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3)])
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        for conv in self.convs:
+            x = self.act(conv(x))
+        return x.mean((2, 3))
+
+
+def test_a_layer_that_sees_several_numbers_of_channels_is_refused_in_the_first_step(loader):
+    callback = make_callback("act", layer_types=nn.ReLU)
+    trainer = make_trainer(callback, max_epochs=2)
+    with pytest.raises(
+        ValueError, match=r"'model.act' is called several times .* with 4 and with 6 channels"
+    ):
+        trainer.fit(Classifier(SharedActivation()), loader)
+    assert trainer.global_step == 1
+
+
+def test_positions_are_alike_in_all_channels_of_all_calls(loader):
+    callback = make_callback("act", layer_types=nn.ReLU, scope="position")
+    make_trainer(callback, max_epochs=2).fit(Classifier(SharedActivation()), loader)
+    assert callback.labels["model.act"].shape == (4, 30, 30)
+
+
 def test_sampling_drops_at_test_time_and_leaves_nothing(loader):
     callback, module = make_callback("conv1"), Classifier()
     make_trainer(callback).fit(module, loader)

@@ -58,6 +58,15 @@ def test_later_calls_of_a_step_are_regularised_and_leave_the_shape_alone():
     assert gathering.shape == (2, 4)
 
 
+@pytest.mark.parametrize(("channels", "noted"), [(2, None), (5, 5)])
+def test_another_number_of_channels_in_a_later_call_is_noted(channels, noted):
+    gathering = make_gathering()
+    gathering(torch.randn(3, 2, 4))
+    assert gathering.other_channels is None
+    gathering(torch.randn(3, channels, 4))
+    assert gathering.other_channels == noted
+
+
 def test_another_size_is_noted_and_not_gathered():
     gathering = make_gathering()
     gathering(torch.randn(3, 2, 5))
