@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -232,9 +233,9 @@ class ClusteredLayers:
         drops = {}
         for name, layer in layers.items():
             check_channels(self.clusters[name], layer, name)
-            weight = next(layer.parameters(), torch.empty(0))
-            table = self.clusters[name].table.to(weight.device)
-            drops[name] = self._make_drop(Clusters(table, self.clusters[name].shape), sampling=True)
+            # An activation has no parameters of its own.
+            weight = next(chain(layer.parameters(), model.parameters()), torch.empty(0))
+            drops[name] = self._make_drop(self.clusters[name], sampling=True).to(weight.device)
             drops[name].set_drop_prob(drop_prob)
         return Injection(layers, drops, in_eval=True)
 
@@ -320,7 +321,7 @@ class ClusteredLayers:
             )
 
     def _check_calls(self, name: str, gathering: Gathering) -> None:
-        """Refuse a layer that is called with several numbers of channels, before labels of one meet another."""
+        """Refuse a layer that sees several numbers of channels, before labels of one meet the other."""
         other, shape = gathering.other_channels, gathering.shape
         if other is not None and shape is not None and self.scope.label_shape(shape)[0] > 1:
             raise ValueError(

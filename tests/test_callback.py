@@ -582,9 +582,7 @@ class SharedActivation(nn.Module):
 def test_a_layer_that_sees_several_numbers_of_channels_is_refused_in_the_first_step(loader):
     callback = make_callback("act", layer_types=nn.ReLU)
     trainer = make_trainer(callback, max_epochs=2)
-    with pytest.raises(
-        ValueError, match=r"'model.act' is called several times .* with 4 and with 6 channels"
-    ):
+    with pytest.raises(ValueError, match=r"'model\.act' is called .* with 4 and with 6 channels"):
         trainer.fit(Classifier(SharedActivation()), loader)
     assert trainer.global_step == 1
 
@@ -613,6 +611,13 @@ def test_sampling_drops_at_test_time_and_leaves_nothing(loader):
     same = torch.randn(1, 3, 32, 32).expand(8, -1, -1, -1)
     with callback.sampling(module):
         assert len(module(same)[:, 0].unique()) > 1
+
+
+def test_sampling_follows_the_model_to_its_device_also_from_layers_without_weights(loader):
+    callback, module = make_callback("act1", layer_types=nn.Module), Classifier()
+    make_trainer(callback, max_epochs=2).fit(module, loader)
+    with callback.sampling(module.eval().to("meta")) as elsewhere:
+        assert elsewhere(torch.empty(2, 3, 32, 32, device="meta")).device.type == "meta"
 
 
 def test_sampling_needs_clusters_and_their_layers(loader):

@@ -38,8 +38,7 @@ def cluster_drop(
             where one set of clusters serves the whole layer.
         scale: factor for what is kept; ``None`` for (number of features) / (number kept), counted over the
             batch.
-        sizes: features per cluster (G, K), of any number type, as `cluster_sizes` counts them, to save counting
-            them again.
+        sizes: features per cluster (G, K), integers or float32, to save counting them with `cluster_sizes`.
         inplace: whether ``x`` itself may be overwritten; only where nobody else needs its values.
 
     Returns:

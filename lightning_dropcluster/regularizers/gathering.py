@@ -8,8 +8,9 @@ from lightning_dropcluster.sketch import Sketch
 class Gathering(nn.Module):
     """Show activations to a sketch while a gathering window is open, then hand them to a regulariser.
 
-    The attributes are for the owner to set between steps; a forward pass changes ``first_call``, ``shape`` and
-    ``other_channels`` alone. That makes three variants of it for ``torch.compile``: idle, dropping, gathering and dropping.
+    The attributes are for the owner to set between steps; a forward pass changes ``first_call``, ``shape``
+    and ``other_channels`` alone. That makes three variants of it for ``torch.compile``: idle, dropping,
+    gathering and dropping.
 
     Args:
         regularizer: module x -> x, or ``None`` as long as there is nothing to apply.
