@@ -38,13 +38,14 @@ class PictureLog:
         self._ended, self._took = float("-inf"), 0.0
         self._failed: set[int] = set()
 
-    def send(self, trainer: Any, clusters: Mapping[str, Clusters], prefix: str) -> None:
+    def send(self, trainer: Any, clusters: Mapping[str, Clusters], prefix: str, step: int) -> None:
         """Draw the clusters of the first few layers and send them.
 
         Args:
-            trainer: whose loggers they go to, with its epoch and step.
+            trainer: whose loggers they go to, with its epoch.
             clusters: name of layer to its new clusters.
             prefix: of the tags.
+            step: of training, as the loggers count it.
         """
         last, self._last = self._last, {**self._last, **clusters}
         senders = {id(one): _sender(one) for one in trainer.loggers if id(one) not in self._failed}
@@ -57,7 +58,7 @@ class PictureLog:
             picture = self._draw(name, clusters[name], last.get(name), trainer.current_epoch)
             for key, send in senders.items():
                 if send is not None and key not in self._failed:
-                    self._try(key, send, f"{prefix}/{name}", picture, trainer.global_step)
+                    self._try(key, send, f"{prefix}/{name}", picture, step)
         self._ended = time.monotonic()
         self._took = self._ended - started
 

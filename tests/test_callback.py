@@ -1,6 +1,7 @@
 """The callback in whole fits of a tiny timm model."""
 
 import copy
+import csv
 import pickle
 from contextlib import nullcontext
 
@@ -409,6 +410,27 @@ def test_what_is_logged(loader, tmp_path):
         metrics[f"dropcluster/model.conv1/{k}"] for k in ("largest_share", "concentration")
     )
     assert concentration <= share <= 4 / 16
+
+
+def test_each_reclustering_is_logged_with_its_step(loader, tmp_path):
+    callback = make_callback("conv1", start=0.0, every_n_epochs=None, every_n_train_steps=2)
+    seen, switched = [], []
+
+    def look(trainer, module):
+        if (labels := callback.labels.get("model.conv1")) is not None and not any(
+            torch.equal(labels, old) for old in seen[-1:]
+        ):
+            seen.append(labels)
+            switched.append(trainer.global_step - 1)
+
+    trainer = make_trainer(callback, At(look), max_epochs=2, logger=CSVLogger(tmp_path), log_every_n_steps=50)
+    trainer.fit(Classifier(), loader)
+    with next(tmp_path.glob("**/metrics.csv")).open() as file:
+        steps = [
+            int(row["step"]) for row in csv.DictReader(file) if row["dropcluster/model.conv1/num_clusters"]
+        ]
+    assert len(steps) > 2
+    assert steps == switched
 
 
 def test_copies_and_pickles_of_an_attached_module_work_and_do_not_drop(loader):

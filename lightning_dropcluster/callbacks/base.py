@@ -295,6 +295,18 @@ def is_trial(trainer: "Trainer") -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
+def logger_step(trainer: "Trainer") -> int:
+    """Return the step under which Lightning sends a batch's values to loggers.
+
+    Args:
+        trainer: whose training it is.
+
+    Returns:
+        The batches that have stepped, which several optimisers do not multiply.
+    """
+    return getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
+
+
 def _only_updates_statistics(trainer: "Trainer") -> bool:
     """Whether this is the epoch in which weight averaging trains nothing but BatchNorm's averages."""
     return bool(getattr(trainer.fit_loop, "_skip_backward", False))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dropcluster.callbacks.base import LayerCallback, is_trial
+from lightning_dropcluster.callbacks.base import LayerCallback, is_trial, logger_step
 from lightning_dropcluster.checks import MAX_INT, check_bool, check_number
 from lightning_dropcluster.clustered_layers import ClusteredLayers, Report
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, TorchKMeans
@@ -189,12 +189,11 @@ class DropCluster(LayerCallback):
     ) -> None:
         """Recluster after the batch that filled the window."""
         reports = self._layers.end_step()
-        if not trainer.barebones:
-            self._log_reports(pl_module, reports)
+        if reports and not trainer.barebones:
+            self._log_reports(trainer, pl_module, reports)
         if self._pictures is not None and reports and trainer.is_global_zero:
-            self._pictures.send(
-                trainer, {name: self._layers.clusters[name] for name in reports}, self._log_prefix
-            )
+            clusters = {name: self._layers.clusters[name] for name in reports}
+            self._pictures.send(trainer, clusters, self._log_prefix, logger_step(trainer))
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -207,6 +206,8 @@ class DropCluster(LayerCallback):
     def _reset(self) -> None:
         super()._reset()
         self._layers.reset({})
+        if self._pictures is not None:
+            self._pictures = PictureLog(self.scope)
 
     def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         try_clusterer(self._layers.clusterer, self._layers.grouping)
@@ -268,15 +269,19 @@ class DropCluster(LayerCallback):
 
     # Reports
 
-    def _log_reports(self, pl_module: "LightningModule", reports: dict[str, Report]) -> None:
+    def _log_reports(
+        self, trainer: "Trainer", pl_module: "LightningModule", reports: dict[str, Report]
+    ) -> None:
         metrics = {
             f"{self._log_prefix}/{name}/{key}": value
             for name, report in reports.items()
             for key, value in report.items()
         }
-        # On the epoch: a step's values reach the logger only on every log_every_n_steps-th step.
-        if metrics:
-            pl_module.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        # To the loggers at once, as Lightning's own callbacks do: `log` would pass on every
+        # log_every_n_steps-th step's values alone, or the mean of an epoch at its end.
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=logger_step(trainer))
+        pl_module.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True, logger=False)
 
     def _check_initial_labels(self) -> None:
         if self._first_clusters and not self._first_clusters.keys() & self._hooked.keys():
