@@ -179,8 +179,8 @@ class ClusteredLayers:
             RuntimeError: where a layer has never run, or clustering failed on another rank.
             ValueError: where a layer has run with several numbers of channels.
         """
+        self.rest()
         for name, gathering in self._gatherings.items():
-            gathering.active = False
             self._check_calls(name, gathering)
         if self.reclustering is not None:
             self.reclustering.wait_steps -= 1
@@ -192,6 +192,11 @@ class ClusteredLayers:
             return {}
         with self._clock():
             return self.finish()
+
+    def rest(self) -> None:
+        """Drop nothing until the next step begins."""
+        for gathering in self._gatherings.values():
+            gathering.active = False
 
     def finish(self) -> dict[str, Report]:
         """Switch to the labels that are being made, if any; wait for them where they are not ready.

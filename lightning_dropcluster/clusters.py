@@ -161,9 +161,9 @@ def read_checkpoint(path: str | PathLike[str]) -> SavedClusters:
     checkpoint = checkpoint if isinstance(checkpoint, Mapping) else {}
     saved = SavedClusters(checkpoint.get("epoch", 0), checkpoint.get("global_step", 0), {}, {})
     callbacks = checkpoint.get("callbacks")
-    for key, state in callbacks.items() if isinstance(callbacks, Mapping) else ():
-        is_ours = str(key).partition("{")[0] == "DropCluster" and isinstance(state, Mapping)
-        scope = SCOPES.get(str(state.get("scope"))) if is_ours else None
+    for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
+        # By what it holds, since a subclass files it under its own name.
+        scope = SCOPES.get(str(state.get("scope"))) if isinstance(state, Mapping) else None
         if scope is not None and isinstance(state.get("clusters"), Mapping):
             for name, entry in state["clusters"].items():
                 saved.clusters[str(name)] = clusters_from_state(entry, scope, str(name))

@@ -59,9 +59,10 @@ class ProfileMemory:
         return {name: profiles.cpu() for name, (_, profiles) in self._profiles.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with the profiles of a checkpoint.
+        """Go on with the profiles of a checkpoint, unless nothing is to be kept.
 
         Args:
             state: what `state_dict` returned.
         """
-        self._profiles = {name: (0, profiles) for name, profiles in state.items()}
+        kept = state if self.momentum else {}
+        self._profiles = {name: (0, profiles) for name, profiles in kept.items()}

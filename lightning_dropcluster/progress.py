@@ -133,6 +133,8 @@ class Progress:
         Returns:
             The part of drop_prob to use, in [0, 1], and whether reclustering has just become due.
         """
+        if self._began is not None and self._began > (now.epoch, now.step, now.batch):
+            self.reset(has_labels=True)  # of another training, whose state was loaded by hand
         if self._began is None:
             if not self._has_started(now):
                 return 0.0, False

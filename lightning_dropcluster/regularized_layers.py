@@ -53,13 +53,12 @@ class RegularizedLayers:
         Args:
             modules: name to layer.
         """
-        for name, layer in modules.items():
-            regularizer = self.regularizers.get(name)
-            if regularizer is None or (is_learned(regularizer) and not self._is_registered(name, layer)):
-                regularizer = self._make(name, layer)
-                if is_learned(regularizer):
-                    weight = next(layer.parameters(), torch.empty(0))
-                    layer.add_module(LEARNED_CHILD, regularizer.to(weight.device))
+        missing = {name: layer for name, layer in modules.items() if self._is_missing(name, layer)}
+        made = {name: self._make(name, layer) for name, layer in missing.items()}  # before the model changes
+        for name, regularizer in made.items():
+            if is_learned(regularizer):
+                weight = next(modules[name].parameters(), torch.empty(0))
+                modules[name].add_module(LEARNED_CHILD, regularizer.to(weight.device))
 
     def attach(self, modules: Mapping[str, nn.Module], device: torch.device) -> None:
         """Hook the layers; those whose regulariser was forgotten get a new one.
@@ -120,8 +119,8 @@ class RegularizedLayers:
                 switch.regularizer.set_drop_prob(used[-1])  # pyright: ignore[reportCallIssue]
         return max((p for p in used if not math.isnan(p)), default=math.nan) if share > 0.0 else 0.0
 
-    def end_step(self) -> None:
-        """Let nothing happen outside training steps."""
+    def rest(self) -> None:
+        """Drop nothing until the next step begins."""
         for switch in self._switches.values():
             switch.active = False
 
@@ -162,6 +161,10 @@ class RegularizedLayers:
                 raise ValueError(
                     f"state_dict: of another regulariser than that of layer {name!r}: {error}"
                 ) from error
+
+    def _is_missing(self, name: str, layer: nn.Module) -> bool:
+        regularizer = self.regularizers.get(name)
+        return regularizer is None or (is_learned(regularizer) and not self._is_registered(name, layer))
 
     def _is_registered(self, name: str, layer: nn.Module) -> bool:
         child = layer._modules.get(LEARNED_CHILD)

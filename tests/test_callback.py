@@ -510,6 +510,16 @@ def test_activation_checkpointing_gathers_once_and_changes_nothing(loader):
     )
 
 
+def test_a_layer_that_never_ran_is_the_reason_where_training_is_shorter_than_an_epoch(loader):
+    class Idle(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.model.idle = nn.Conv2d(3, 3, 1)
+
+    with pytest.warns(UserWarning, match=r"no clusters were made .*'model\.idle' did not run"):
+        make_trainer(make_callback("idle", start=0.0), max_epochs=-1, max_steps=2).fit(Idle(), loader)
+
+
 def test_the_statistics_epoch_of_weight_averaging_does_not_drop(loader):
     callback, used = make_callback(start=0.0), []
     swa = pl.callbacks.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)
@@ -518,6 +528,61 @@ def test_the_statistics_epoch_of_weight_averaging_does_not_drop(loader):
     by_epoch = dict(used)
     assert by_epoch[3] > 0.0
     assert by_epoch[4] == 0.0
+
+
+def test_a_skipped_epoch_does_not_go_on_dropping(loader):
+    class Skips(Classifier):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 2 else None
+
+        def on_train_epoch_end(self):
+            seen.append(self.model.conv1(torch.ones(4, 3, 32, 32)))
+
+    seen, callback = [], make_callback("conv1", start=0.0, schedule="constant")
+    make_trainer(callback).fit(Skips(), loader)
+    assert callback.labels
+    assert not any((x == 0).any() for x in seen)
+
+
+def test_validating_with_the_same_callback_in_the_midst_of_a_fit_leaves_the_hooks_on(loader):
+    def validate(trainer, module):
+        if trainer.global_step == 8:
+            make_trainer(callback).validate(copy.deepcopy(module), loader, verbose=False)
+        counts.append(count_hooks(module))
+
+    callback, counts = make_callback("conv1"), []
+    make_trainer(callback, At(validate)).fit(Classifier(), loader)
+    assert set(counts) == {1}
+
+
+def test_a_state_loaded_by_hand_gives_the_clusters_and_a_schedule_from_the_beginning(loader):
+    first, second = make_callback(), make_callback()
+    make_trainer(first).fit(Classifier(), loader)
+    second.load_state_dict(first.state_dict())
+    assert equal(second.labels, first.labels)
+    used = []
+    make_trainer(second, At(lambda *_: used.append(second.drop_prob_now))).fit(Classifier(), loader)
+    assert used[0] == 0.0
+    assert used == sorted(used)
+    assert second._layers.windows_opened > first._layers.windows_opened
+    assert not equal(second.labels, first.labels)
+
+
+def test_a_callback_that_another_one_calls(loader):
+    callback, outer = make_callback(), pl.Callback()
+    hooks = (
+        "setup",
+        "fit_start",
+        "train_start",
+        "train_batch_start",
+        "train_batch_end",
+        "train_end",
+        "teardown",
+    )
+    for hook in [hooks[0], *(f"on_{hook}" for hook in hooks[1:-1]), hooks[-1]]:
+        setattr(outer, hook, getattr(callback, hook))
+    make_trainer(outer).fit(Classifier(), loader)
+    assert callback.labels
 
 
 def test_macos_gets_the_clusterer_without_a_second_openmp(monkeypatch):
@@ -541,6 +606,15 @@ def test_layers_in_eval_mode_are_warned_of_and_left_alone(loader):
     ):
         make_trainer(Before(), callback).fit(Frozen(), loader)
     assert list(callback.labels) == ["model.layer1.0.conv1"]
+
+
+def test_layers_put_into_eval_mode_after_the_last_reclustering_are_warned_of(loader):
+    def freeze(trainer, module):
+        module.model.conv1.train(trainer.global_step < 6)
+
+    callback = make_callback("conv1", start=0.0, every_n_epochs=0)
+    with pytest.warns(UserWarning, match=r"layers model\.conv1 are in eval mode"):
+        make_trainer(callback, At(freeze)).fit(Classifier(), loader)
 
 
 @pytest.mark.parametrize("scope", ["map", "position", "layer", "channel"])

@@ -227,7 +227,7 @@ def test_initial_labels_are_read_from_a_checkpoint(tmp_path, as_path):
             "DropClusterMonitor{}": {"clusters": None},
             "DropCluster{'layers': ['c']}": {"scope": "layer", "clusters": {"c": good_state()}},
             "DropCluster{'layers': ['a']}": {"scope": "map", "clusters": {"a": first}},
-            "DropCluster{'layers': ['b']}": {"scope": "map", "clusters": {"b": second}},
+            "Subclass{'layers': ['b']}": {"scope": "map", "clusters": {"b": second}},
         },
     )
     found = read_initial_labels(as_path(tmp_path / "last.ckpt"), MAP)

@@ -22,6 +22,8 @@ def test_without_momentum_nothing_is_kept():
     memory, profiles = ProfileMemory(0.0), random_profiles(2, 3, 4)
     assert memory.blend("a", profiles, observations=8) is profiles
     assert memory.state_dict() == {}
+    memory.load_state_dict({"a": profiles})
+    assert memory.state_dict() == {}
 
 
 @given(st.floats(0.01, 0.99), st.integers(1, 6))

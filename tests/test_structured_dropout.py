@@ -371,6 +371,19 @@ def test_learned_regularisers_stay_in_a_second_fit_and_do_not_in_another_model(l
     assert another.model.conv1.structured_dropout is not gate
 
 
+def test_a_maker_that_fails_half_way_is_named_and_leaves_the_model_alone(loader):
+    def make(channels):
+        if channels > 8:
+            raise ValueError("too many channels")
+        return Gate(channels)
+
+    module = Classifier()
+    before = list(module.state_dict())
+    with pytest.raises(ValueError, match="too many channels"):
+        make_trainer(StructuredDropout("layer[13].*.conv2", make)).fit(module, loader)
+    assert list(module.state_dict()) == before
+
+
 def test_layers_inside_a_learned_regulariser_are_not_picked(loader):
     callback, names = StructuredDropout("layer1.**", lambda channels: nn.Conv2d(channels, channels, 1)), []
     look = At(lambda *_: names.append(list(callback.regularizers)))

@@ -48,7 +48,7 @@ class LayerCallback(_Base):
     """
 
     log_name: ClassVar[str]
-    _layers: Any  # what subclasses do it with; it names its `silent` layers and lets go of all in `detach`
+    _layers: Any  # what subclasses do it with; it names its `silent` layers, and can `rest` and `detach`
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class LayerCallback(_Base):
 
     @property
     def drop_prob_now(self) -> float:
-        """The drop probability that this step uses; 0 outside training and before anything is dropped.
+        """The drop probability of this training step, or of the last; 0 before anything is dropped.
 
         NaN where a regulariser is applied that has none.
         """
@@ -113,7 +113,7 @@ class LayerCallback(_Base):
         share, is_due = self._progress.advance(_position(trainer, batch_idx))
         if _only_updates_statistics(trainer):
             share, is_due = 0.0, False
-        if is_due:
+        if is_due or (self._progress.has_begun and batch_idx == 0):
             self._warn_of_idle_layers(pl_module)
         self._drop_prob_now = self._begin_step(share, is_due)
         if not (trainer.barebones or math.isnan(self._drop_prob_now)):
@@ -123,6 +123,7 @@ class LayerCallback(_Base):
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Fail where a layer of a new training has not run in a whole epoch; before the start, warn."""
+        self._layers.rest()
         self._saw_first_batch |= batch_idx == 0
         if not (self._is_fresh and self._saw_first_batch and trainer.is_last_batch):
             return
@@ -131,6 +132,10 @@ class LayerCallback(_Base):
             ranks.raise_together(error, pl_module.device)
         elif error is not None:
             self._warn(str(error))
+
+    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Drop nothing where the last batch was skipped, and so never ended."""
+        self._layers.rest()
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Say so where the start was never reached."""
@@ -145,12 +150,13 @@ class LayerCallback(_Base):
     ) -> None:
         """Leave nothing attached: Lightning calls no teardown after an error."""
         self.detach()
-        self._loaded = None
+        self._forget_loaded()
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Leave nothing attached."""
-        self.detach()
-        self._loaded = None
+        """Leave nothing attached; another Trainer may validate in the midst of a fit."""
+        if stage == "fit":
+            self.detach()
+        self._forget_loaded()
 
     def detach(self) -> None:
         """Take all hooks off; labels stay, and learned regularisers stay in the model.
@@ -188,6 +194,9 @@ class LayerCallback(_Base):
         self._loaded, self._was_loaded = state_dict, True
         if self._hooked:
             self._apply_loaded()
+
+    def _forget_loaded(self) -> None:
+        self._loaded, self._was_loaded = None, False
 
     def _apply_loaded(self) -> None:
         if self._loaded is not None:
@@ -243,8 +252,7 @@ class LayerCallback(_Base):
 
     def _meet_others(self, trainer: "Trainer", modules: Mapping[str, nn.Module]) -> None:
         """Log under a name of its own, and share no layer with another such callback of the Trainer."""
-        every: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
-        earlier = [other for other in every[: every.index(self)] if isinstance(other, LayerCallback)]
+        earlier = [other for other in self._listed_before(trainer) if isinstance(other, LayerCallback)]
         for other in earlier:
             taken = {id(module) for module in other._hooked.values()}  # a module may have two names
             shared = [name for name, module in modules.items() if id(module) in taken]
@@ -255,6 +263,11 @@ class LayerCallback(_Base):
                 )
         position = sum(other.log_name == self.log_name for other in earlier)
         self._log_prefix = f"{self.log_name}-{position}" if position else self.log_name
+
+    def _listed_before(self, trainer: "Trainer") -> list[Any]:
+        """List the callbacks before this one; all where another callback holds it."""
+        every: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+        return every[: every.index(self)] if self in every else every
 
     def _check_start(self, trainer: "Trainer") -> None:
         self._progress.check(trainer.max_epochs, trainer.max_steps)

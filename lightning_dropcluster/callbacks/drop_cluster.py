@@ -15,6 +15,7 @@ from lightning_dropcluster.clustered_layers import ClusteredLayers, Report
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, TorchKMeans
 from lightning_dropcluster.clustering.protocol import check_clusterer
 from lightning_dropcluster.clusters import Clusters, read_initial_labels
+from lightning_dropcluster.injection import silence_error
 from lightning_dropcluster.layers import Layers, LayerTypes
 from lightning_dropcluster.logged_pictures import PictureLog
 from lightning_dropcluster.progress import Progress
@@ -56,11 +57,12 @@ class DropCluster(LayerCallback):
             is farther on.
         schedule: how drop_prob grows from ``start`` to the end of training: ``"linear"``, ``"cosine"``,
             ``"constant"``, or a callable fraction -> fraction.
-        every_n_epochs: recluster that many epochs after the last time; 0 for never again. 5 when neither this
-            nor the next is given.
+        every_n_epochs: recluster every that many epochs from ``start`` on; 0 for never again. 5 when neither
+            this nor the next is given.
         every_n_train_steps: recluster every that many optimiser steps instead.
         num_samples: samples gathered for each reclustering, over all ranks.
-        sketch_dim: dimensions of the sketch; memory is features x (sketch_dim + 2) x 4 bytes.
+        sketch_dim: dimensions of the sketch; memory is features x (sketch_dim + 2) x 4 bytes, less where
+            positions or whole maps are grouped.
         sketch_momentum: above 0, below 1, clusters are made of earlier windows too: the share of the
             correlations so far that stays when a window is added. Small windows then suffice, as in
             ``every_n_train_steps=20, num_samples=128, sketch_momentum=0.5``.
@@ -168,7 +170,7 @@ class DropCluster(LayerCallback):
 
     @property
     def recluster_seconds(self) -> float:
-        """Seconds of this fit that training waited for reclustering."""
+        """Seconds that training has waited for reclustering."""
         return self._layers.seconds
 
     @property
@@ -294,7 +296,9 @@ class DropCluster(LayerCallback):
         if self._layers.clusters or not self._progress.has_begun:
             return
         what, window = "no clusters were made and nothing was dropped", self._layers.window
-        if window is not None:
+        if (error := silence_error(self._layers.silent())) is not None:
+            what = f"{what}: {error}"
+        elif window is not None:
             reason = (
                 f"training ended before num_samples={window.num_samples} samples of one size were gathered"
             )

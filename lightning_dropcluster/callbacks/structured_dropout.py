@@ -89,7 +89,7 @@ class StructuredDropout(LayerCallback):
 
     @property
     def regularizers(self) -> dict[str, nn.Module]:
-        """The regulariser of each layer, layer name to module; empty before the first training."""
+        """The regulariser of each layer, layer name to module; empty before the first ``setup``."""
         return dict(self._layers.regularizers)
 
     @property
@@ -104,16 +104,11 @@ class StructuredDropout(LayerCallback):
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Register learned regularisers, before the strategy and the optimiser look for parameters."""
         super().setup(trainer, pl_module, stage)
+        modules: dict[str, nn.Module] = {}
         with suppress(ValueError):  # some models come to be in configure_model; on_fit_start looks again
-            self.register(pl_module)
+            modules = select_layers(pl_module, self.layers, self.layer_types)
+        self._layers.register(modules)
         self._check_copies(trainer)
-
-    def on_train_batch_end(
-        self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Drop nothing outside training steps."""
-        self._layers.end_step()
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if trainer.global_step == 0 and self._loaded is None:
@@ -154,9 +149,8 @@ class StructuredDropout(LayerCallback):
 
     def _check_copies(self, trainer: "Trainer") -> None:
         """Weight averaging copies the model in setup: the copy must have the parameters too."""
-        every: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
-        earlier = every[: every.index(self)]
-        early = [other for other in earlier if getattr(other, "_average_model", None) is not None]
+        before = self._listed_before(trainer)
+        early = [other for other in before if getattr(other, "_average_model", None) is not None]
         if early and self._layers.are_learned:
             raise ValueError(
                 f"regularizer={self.regularizer!r}: has parameters; list this callback before "

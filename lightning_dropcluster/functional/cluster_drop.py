@@ -43,7 +43,7 @@ def cluster_drop(
 
     Returns:
         ``x`` itself, or a tensor like it: same shape, dtype, device and memory format. Where everything is
-        dropped it is zero, never NaN.
+        dropped it is zero, never NaN, if ``x`` is finite.
 
     Example:
         >>> x, labels = torch.ones(1, 1, 4), torch.tensor([[0, 0, 1, 1]])
@@ -161,7 +161,7 @@ def _multiply_into(out: Tensor, x: Tensor, index: Tensor, table: Tensor) -> None
         torch.mul(x, _look_up(table, index), out=out)
         return
     # A few samples at a time: their mask stays in the cache.
-    samples = max(1, _SLICE // max(1, index.numel())) if len(table) > 1 else len(x)
+    samples = max(1, _SLICE // max(1, index.numel())) if len(table) > 1 else max(1, len(x))
     for part, rows, target in zip(x.split(samples), table.split(samples), out.split(samples), strict=True):
         torch.mul(part, _look_up(rows, index), out=target)
 
