@@ -20,7 +20,8 @@ class Injection:
         layers: name to layer.
         regularizers: a module x -> x for each of these names; it is not registered in the model, so the
             model's state_dict does not know of it.
-        in_eval: whether to act while the layer is in eval mode too.
+        in_eval: whether to act while the layer is in eval mode too. Compiled code then stays, and does not
+            know of the hooks: run the model eagerly.
 
     Raises:
         ValueError: where the names differ.
@@ -45,7 +46,7 @@ class Injection:
             raise ValueError(
                 f"regularizers={sorted(regularizers)}: must name the same layers as layers={sorted(layers)}"
             )
-        self.layers = dict(layers)
+        self.layers, self.in_eval = dict(layers), in_eval
         self._hooks = {name: _Hook(name, layers[name], regularizers[name], in_eval) for name in layers}
         self._handles: list[RemovableHandle] = []
 
@@ -57,13 +58,15 @@ class Injection:
     def attach(self) -> "Injection":
         """Put the hooks on the layers; nothing happens where they are on already.
 
-        What ``torch.compile`` has compiled so far is compiled anew, since it would not notice the hooks.
+        What ``torch.compile`` has compiled so far is compiled anew, since it would not notice the hooks; not
+        where they act in eval mode too, see above.
 
         Returns:
             Itself, for use in a ``with`` statement.
         """
         if not self.attached:
-            forget_compiled_code()
+            if not self.in_eval:
+                forget_compiled_code()
             for hook in self._hooks.values():
                 hook.fired = False
             self._handles = [

@@ -709,6 +709,22 @@ def test_sampling_drops_at_test_time_and_leaves_nothing(loader):
         assert len(module(same)[:, 0].unique()) > 1
 
 
+def test_sampling_runs_eagerly_and_leaves_compiled_code_alone(loader):
+    def backend(graph, _inputs):
+        compiled.append(1)
+        return graph.forward
+
+    callback, module, compiled = make_callback(), Classifier(), []
+    make_trainer(callback, max_epochs=2).fit(module, loader)
+    torch._dynamo.reset()
+    x, network = torch.randn(2, 3, 32, 32), torch.compile(module.model.eval(), backend=backend)
+    expected = network(x)
+    with callback.sampling(module):
+        assert not torch.allclose(network(x), expected)
+    assert torch.equal(network(x), expected)
+    assert len(compiled) == 1
+
+
 def test_sampling_follows_the_model_to_its_device_also_from_layers_without_weights(loader):
     callback, module = make_callback("act1", layer_types=nn.Module), Classifier()
     make_trainer(callback, max_epochs=2).fit(module, loader)

@@ -235,7 +235,8 @@ class DropCluster(LayerCallback):
         """Drop clusters at test time too, with a draw for each sample: Monte Carlo dropout.
 
         Source: Gal and Ghahramani 2016, https://arxiv.org/abs/1506.02142; with structured dropout
-        https://arxiv.org/abs/1906.09551. Put the model in eval mode, so that BatchNorm keeps its averages.
+        https://arxiv.org/abs/1906.09551. Put the model in eval mode, so that BatchNorm keeps its averages. A
+        compiled model runs eagerly inside the ``with`` statement.
 
         Args:
             model: the LightningModule, a copy of it, or the bare model that it holds.
@@ -255,7 +256,8 @@ class DropCluster(LayerCallback):
         """
         used = self.drop_prob if drop_prob is None else drop_prob
         used = check_number("drop_prob", used, 0, 1, high_open=True)
-        with self._layers.make_sampler(model, used):
+        # Eagerly: a fit under way would have to compile everything anew, after each sampling.
+        with self._layers.make_sampler(model, used), torch.compiler.set_stance("force_eager"):
             yield model
 
     # Checkpoints
