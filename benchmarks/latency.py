@@ -180,11 +180,11 @@ def dropping(layers: ClusteredLayers, sketches: Mapping[str, Sketch] | None = No
             ``None``.
     """
     for name, sketch in (sketches or {}).items():
-        layers._gatherings[name].sketch = sketch
+        layers.hooks[name].sketch = sketch
     layers.begin_step(DROP_PROB)
     yield
-    for gathering in layers._gatherings.values():
-        gathering.sketch = None
+    for hook in layers.hooks.values():
+        hook.sketch = None
     layers.begin_step(0.0)
 
 
@@ -213,7 +213,10 @@ def step_cases(name: str, pattern: str, settings: Settings, device: torch.device
         with Injection(modules, {layer: make(layer) for layer in modules}):
             plain()
 
-    naive: dict[str, nn.Module] = {layer: Naive(drop) for layer, drop in layers.regularizers.items()}
+    drops = {layer: hook.regularizer for layer, hook in layers.hooks.items()}
+    naive: dict[str, nn.Module] = {
+        layer: Naive(drop) for layer, drop in drops.items() if isinstance(drop, ClusterDrop)
+    }
     made: dict[str, dict[str, nn.Module]] = {"naive x * mask * scale": naive}
     made |= {case: {layer: make() for layer in modules} for case, make in peers().items()}
     return {

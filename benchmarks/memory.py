@@ -90,7 +90,9 @@ def step_records(settings: Settings, device: torch.device) -> list[dict[str, Any
     plain = {"saved for backward": saved_bytes(step), "peak": peak_bytes(step, device)}
     with dropping(layers):
         with_clusters = {"saved for backward": saved_bytes(step), "peak": peak_bytes(step, device)}
-    tables = sum(buffer_bytes(drop) for drop in layers.regularizers.values())
+    tables = sum(
+        buffer_bytes(hook.regularizer) for hook in layers.hooks.values() if hook.regularizer is not None
+    )
     records = [{"case": "labels and sizes", "bytes": tables, "ratio": tables / activations}]
     for case, before in plain.items():
         added = with_clusters[case] - before

@@ -17,10 +17,11 @@ from lightning_dropcluster.clustering.protocol import count_clusters
 from lightning_dropcluster.clusters import Clusters, check_channels, smallest_table
 from lightning_dropcluster.functional import cluster_sizes
 from lightning_dropcluster.injection import Injection, forget_compiled_code, silence_error
+from lightning_dropcluster.layer_hook import LayerHook
 from lightning_dropcluster.layers import CONV_LAYERS, find_layers
 from lightning_dropcluster.memory import ProfileMemory
 from lightning_dropcluster.reclustering import OnProgress, Reclustering, cluster_share
-from lightning_dropcluster.regularizers import ClusterDrop, Gathering
+from lightning_dropcluster.regularizers import ClusterDrop
 from lightning_dropcluster.scopes import SCOPES, Grouping, Scope, Shape
 from lightning_dropcluster.window import GatheringWindow
 
@@ -69,9 +70,7 @@ class ClusteredLayers:
         self.windows_opened = 0
         self.window: GatheringWindow | None = None
         self.reclustering: Reclustering | None = None
-        self._modules: dict[str, nn.Module] = {}
-        self._gatherings: dict[str, Gathering] = {}
-        self._injection: Injection | None = None
+        self._injection = Injection({}, {})
         self._stalled = 0  # windows in a row
         self._is_owed = False  # since a window was opened, until its labels are there
         self._device = torch.device("cpu")
@@ -83,10 +82,9 @@ class ClusteredLayers:
         return SCOPES[self.grouping.scope]
 
     @property
-    def regularizers(self) -> dict[str, ClusterDrop]:
-        """What drops the clusters of each hooked layer that has any."""
-        drops = {name: gathering.regularizer for name, gathering in self._gatherings.items()}
-        return {name: drop for name, drop in drops.items() if isinstance(drop, ClusterDrop)}
+    def hooks(self) -> dict[str, LayerHook]:
+        """The hook of each layer; its regulariser is a `ClusterDrop`, or ``None`` before the first window."""
+        return self._injection.hooks
 
     def reset(self, clusters: Mapping[str, Clusters]) -> None:
         """Forget an earlier training.
@@ -110,21 +108,19 @@ class ClusteredLayers:
             ValueError: where the clusters held belong to layers with other channel counts.
         """
         self.detach()
-        self._modules, self._device = dict(modules), device
-        self._gatherings = {name: Gathering() for name in modules}
-        for name in self._gatherings.keys() & self.clusters.keys():
+        self._device, self._injection = device, Injection(modules, dict.fromkeys(modules))
+        for name in self.hooks.keys() & self.clusters.keys():
             self._bind(name)
-        self._injection = Injection(self._modules, self._gatherings).attach()
+        self.rest()
+        self._injection.attach()
         if self._is_owed:
             self.window = self._make_window()
 
     def detach(self) -> None:
         """Take every hook off and free what only training needs; nothing happens where that is done."""
-        if self._injection is not None:
-            self._injection.detach()
+        self._injection.detach()
         self._abandon()
-        self._injection, self.waiting = None, nullcontext()
-        self._gatherings, self._modules = {}, {}
+        self._injection, self.waiting = Injection({}, {}), nullcontext()
 
     def open_window(self) -> None:
         """Start to gather, unless a window is open already or its labels are still awaited.
@@ -143,7 +139,7 @@ class ClusteredLayers:
 
     def open_missed_window(self) -> None:
         """Start to gather where a layer has no clusters; for a training that goes on after the start."""
-        if self._gatherings.keys() - self.clusters.keys():
+        if self.hooks.keys() - self.clusters.keys():
             self.open_window()
 
     def begin_step(self, drop_prob: float) -> float:
@@ -157,17 +153,16 @@ class ClusteredLayers:
         """
         if self.window is not None:
             self.window.arm()
-        for name, gathering in self._gatherings.items():
+        for name, hook in self.hooks.items():
             used = drop_prob if name in self.clusters else 0.0
-            gathering.active = used > 0.0 or self.window is not None
-            gathering.first_call = True
-            if gathering.sketch is not None and gathering.regularizer is None:
+            hook.active, hook.first_call = used > 0.0 or self.window is not None, True
+            if hook.sketch is not None and hook.regularizer is None:
                 # One variant less to compile: before the first clusters drop with probability 0.
-                gathering.regularizer = self._make_drop(self._no_clusters(gathering.sketch.shape))
-            if isinstance(gathering.regularizer, ClusterDrop):
-                gathering.regularizer.set_drop_prob(used)
-                gathering.regularizer.inplace = _may_overwrite_output(self._modules[name])
-        return drop_prob if self._gatherings.keys() & self.clusters.keys() else 0.0
+                hook.regularizer = self._make_drop(self._no_clusters(hook.sketch.shape))
+            if isinstance(hook.regularizer, ClusterDrop):
+                hook.regularizer.set_drop_prob(used)
+                hook.regularizer.inplace = _may_overwrite_output(self._injection.layers[name])
+        return drop_prob if self.hooks.keys() & self.clusters.keys() else 0.0
 
     def end_step(self) -> dict[str, Report]:
         """Close the window if it is full, and switch to new labels if they are due.
@@ -180,8 +175,7 @@ class ClusteredLayers:
             ValueError: where a layer has run with several numbers of channels.
         """
         self.rest()
-        for name, gathering in self._gatherings.items():
-            self._check_calls(name, gathering)
+        self._check_calls()
         if self.reclustering is not None:
             self.reclustering.wait_steps -= 1
         elif self.window is not None and self.window.is_full():
@@ -195,8 +189,7 @@ class ClusteredLayers:
 
     def rest(self) -> None:
         """Drop nothing until the next step begins."""
-        for gathering in self._gatherings.values():
-            gathering.active = False
+        self._injection.rest()
 
     def finish(self) -> dict[str, Report]:
         """Switch to the labels that are being made, if any; wait for them where they are not ready.
@@ -208,7 +201,7 @@ class ClusteredLayers:
             return {}
         labels = self.reclustering.result(self._device)
         shapes, self.reclustering, self._is_owed = self.reclustering.shapes, None, False
-        hooked = [name for name in labels if name in self._gatherings]
+        hooked = [name for name in labels if name in self.hooks]
         return {name: self._adopt(name, labels[name], shapes[name]) for name in hooked}
 
     def silent(self) -> list[str]:
@@ -217,7 +210,8 @@ class ClusteredLayers:
         Returns:
             Their names, in order.
         """
-        return [n for n, g in self._gatherings.items() if g.shape is None and self._modules[n].training]
+        layers = self._injection.layers
+        return [n for n, hook in self.hooks.items() if hook.shape is None and layers[n].training]
 
     def make_sampler(self, model: nn.Module, drop_prob: float) -> Injection:
         """Make hooks that drop the clusters in eval mode too, with a draw for each sample.
@@ -256,7 +250,7 @@ class ClusteredLayers:
         gathers = self._is_owed and awaited is None
         return {
             "clusters": {name: clusters.state_dict() for name, clusters in self.clusters.items()},
-            "shapes": {name: list(g.shape) for name, g in self._gatherings.items() if g.shape is not None},
+            "shapes": {name: list(h.shape) for name, h in self.hooks.items() if h.shape is not None},
             "windows_opened": self.windows_opened,
             "window": (self.window.state_dict() if self.window is not None else {}) if gathers else None,
             "reclustering": awaited,
@@ -272,9 +266,9 @@ class ClusteredLayers:
         self._abandon()
         self.windows_opened = state["windows_opened"]
         self._is_owed = state["window"] is not None or state["reclustering"] is not None
-        for name in self._gatherings.keys() & state["shapes"].keys():
-            self._gatherings[name].shape = tuple(state["shapes"][name])
-        for name in self._gatherings.keys() & self.clusters.keys():
+        for name in self.hooks.keys() & state["shapes"].keys():
+            self.hooks[name].shape = tuple(state["shapes"][name])
+        for name in self.hooks.keys() & self.clusters.keys():
             self._bind(name)
         if state["window"] is not None:
             self.window = self._make_window()
@@ -293,7 +287,7 @@ class ClusteredLayers:
 
     def _make_window(self) -> GatheringWindow:
         return GatheringWindow(
-            self._gatherings,
+            self.hooks,
             scope=self.scope,
             number=self.windows_opened - 1,
             num_samples=self.num_samples,
@@ -325,14 +319,15 @@ class ClusteredLayers:
                 in_background=in_background,
             )
 
-    def _check_calls(self, name: str, gathering: Gathering) -> None:
-        """Refuse a layer that sees several numbers of channels, before labels of one meet the other."""
-        other, shape = gathering.other_channels, gathering.shape
-        if other is not None and shape is not None and self.scope.label_shape(shape)[0] > 1:
-            raise ValueError(
-                f"layers: {name!r} is called several times in a step, with {shape[0]} and with {other} "
-                "channels, and has clusters for one number alone; choose other layers"
-            )
+    def _check_calls(self) -> None:
+        """Refuse layers that see several numbers of channels, before labels of one meet the other."""
+        for name, hook in self.hooks.items():
+            other, shape = hook.other_channels, hook.shape
+            if other is not None and shape is not None and self.scope.label_shape(shape)[0] > 1:
+                raise ValueError(
+                    f"layers: {name!r} is called several times in a step, with {shape[0]} and with {other} "
+                    "channels, and has clusters for one number alone; choose other layers"
+                )
 
     @contextmanager
     def _clock(self) -> Iterator[None]:
@@ -399,15 +394,15 @@ class ClusteredLayers:
 
     def _bind(self, name: str) -> None:
         """Write a layer's clusters into its hook, in place where the table's shape allows."""
-        clusters, gathering = self.clusters[name], self._gatherings[name]
-        check_channels(clusters, self._modules[name], name)
-        table, drop = clusters.table.to(self._device), gathering.regularizer
+        clusters, hook = self.clusters[name], self.hooks[name]
+        check_channels(clusters, self._injection.layers[name], name)
+        table, drop = clusters.table.to(self._device), hook.regularizer
         if isinstance(drop, ClusterDrop) and drop.can_hold(table):
             drop.set_labels(table)
         else:
             if drop is not None:  # code for each size of labels would soon be more than torch keeps
                 forget_compiled_code()
-            gathering.regularizer = self._make_drop(Clusters(table, clusters.shape))
+            hook.regularizer = self._make_drop(Clusters(table, clusters.shape))
 
     def _no_clusters(self, shape: Shape) -> Clusters:
         """One cluster of everything, to stand in where nothing is dropped yet."""

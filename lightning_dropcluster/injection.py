@@ -2,24 +2,23 @@
 
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from lightning_dropcluster.layer_hook import LayerHook
 
 
 class Injection:
-    """Regularisers attached to layers by forward hooks.
+    """Regularisers attached to layers by forward hooks, see `LayerHook`.
 
-    A hook acts only while its layer is in training mode. It acts on every call of a layer that runs several
-    times in a forward pass. Copies and pickles of an attached model carry hooks that do nothing.
+    A hook acts on every call of a layer that runs several times in a forward pass.
 
     Args:
         layers: name to layer.
-        regularizers: a module x -> x for each of these names; it is not registered in the model, so the
-            model's state_dict does not know of it.
+        regularizers: a module x -> x for each of these names, or ``None`` as long as there is nothing to
+            apply; it is not registered in the model, so the model's state_dict does not know of it.
         in_eval: whether to act while the layer is in eval mode too. Compiled code then stays, and does not
             know of the hooks: run the model eagerly.
 
@@ -38,7 +37,7 @@ class Injection:
     def __init__(
         self,
         layers: Mapping[str, nn.Module],
-        regularizers: Mapping[str, nn.Module],
+        regularizers: Mapping[str, nn.Module | None],
         *,
         in_eval: bool = False,
     ) -> None:
@@ -47,7 +46,10 @@ class Injection:
                 f"regularizers={sorted(regularizers)}: must name the same layers as layers={sorted(layers)}"
             )
         self.layers, self.in_eval = dict(layers), in_eval
-        self._hooks = {name: _Hook(name, layers[name], regularizers[name], in_eval) for name in layers}
+        self.hooks = {
+            name: LayerHook(name, layer, regularizers[name], in_eval=in_eval)
+            for name, layer in layers.items()
+        }
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -67,10 +69,10 @@ class Injection:
         if not self.attached:
             if not self.in_eval:
                 forget_compiled_code()
-            for hook in self._hooks.values():
+            for hook in self.hooks.values():
                 hook.fired = False
             self._handles = [
-                layer.register_forward_hook(self._hooks[name]) for name, layer in self.layers.items()
+                layer.register_forward_hook(self.hooks[name]) for name, layer in self.layers.items()
             ]
         return self
 
@@ -85,7 +87,12 @@ class Injection:
         Returns:
             Their names, in order.
         """
-        return [n for n, hook in self._hooks.items() if not hook.fired and self.layers[n].training]
+        return [n for n, hook in self.hooks.items() if not hook.fired and self.layers[n].training]
+
+    def rest(self) -> None:
+        """Regularise nothing until the next step begins."""
+        for hook in self.hooks.values():
+            hook.active = False
 
     def __enter__(self) -> "Injection":
         return self.attach()
@@ -112,47 +119,7 @@ def silence_error(silent: list[str]) -> RuntimeError | None:
     )
 
 
-class _Hook:
-    """A forward hook that hands the output of a layer in training mode to a regulariser."""
-
-    def __init__(self, name: str, layer: nn.Module, regularizer: nn.Module, in_eval: bool) -> None:
-        self.name, self.regularizer, self.in_eval = name, regularizer, in_eval
-        self.fired = False
-        # A conv says how many dimensions a batch has; of other layers anything with a batch will do.
-        self.num_dims = len(layer.kernel_size) + 2 if isinstance(layer, _ConvNd) else None
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        if not (module.training or self.in_eval):
-            return None
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            raise TypeError(
-                f"layers: the output of {self.name!r} ({type(module).__name__}) is {_describe(output)}; "
-                "it must be one floating-point tensor"
-            )
-        if output.ndim != self.num_dims if self.num_dims else output.ndim < 2:
-            raise ValueError(
-                f"layers: the output of {self.name!r} has shape {tuple(output.shape)}; "
-                f"it must be a batch, of {self.num_dims or 'at least 2'} dimensions"
-            )
-        self.fired = True
-        return self.regularizer(output)
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _CopiedHook, ()
-
-
-class _CopiedHook:
-    """What a copy of an attached model has in place of a hook: nobody would steer or remove a live one."""
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        return None
-
-
 def forget_compiled_code() -> None:
     """Have everything compiled anew: compiled code does not notice new hooks, and anybody may hold some."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
-
-
-def _describe(output: Any) -> str:
-    return f"a {output.dtype} tensor" if isinstance(output, Tensor) else f"a {type(output).__name__}"

@@ -19,7 +19,6 @@ from lightning_dropcluster.regularizers.making import (
     make_regularizer,
     own_drop_prob,
 )
-from lightning_dropcluster.regularizers.switch import Switch
 
 
 class RegularizedLayers:
@@ -34,8 +33,7 @@ class RegularizedLayers:
         self.source, self.drop_prob = source, drop_prob
         self.regularizers: dict[str, nn.Module] = {}
         self._drop_probs: dict[str, float] = {}
-        self._switches: dict[str, Switch] = {}
-        self._injection: Injection | None = None
+        self._injection = Injection({}, {})
 
     @property
     def are_steered(self) -> bool:
@@ -83,14 +81,15 @@ class RegularizedLayers:
             for part in regularizer.modules():
                 if isinstance(part, Regularizer):
                     part.shift = ranks.draw_shift()  # ranks that are seeded alike must not drop alike
-            self._switches[name] = Switch(regularizer.to(device))
-        self._injection = Injection(modules, self._switches).attach()
+            regularizer.to(device)
+        self._injection = Injection(modules, {name: self.regularizers[name] for name in modules})
+        self.rest()
+        self._injection.attach()
 
     def detach(self) -> None:
         """Take every hook off; nothing happens where that is done."""
-        if self._injection is not None:
-            self._injection.detach()
-        self._injection, self._switches = None, {}
+        self._injection.detach()
+        self._injection = Injection({}, {})
 
     def forget(self, modules: Mapping[str, nn.Module]) -> None:
         """Forget the regularisers of an earlier training, but for those that are part of the model.
@@ -111,18 +110,18 @@ class RegularizedLayers:
             The largest drop probability in use, NaN where no regulariser tells one.
         """
         used = []
-        for name, switch in self._switches.items():
-            switch.active = share > 0.0
+        for name, hook in self._injection.hooks.items():
+            hook.active, hook.first_call = share > 0.0, True
+            regularizer: Any = self.regularizers[name]
             used.append(self._drop_probs[name])
-            if is_steered(switch.regularizer):
+            if is_steered(regularizer):
                 used[-1] *= share
-                switch.regularizer.set_drop_prob(used[-1])  # pyright: ignore[reportCallIssue]
+                regularizer.set_drop_prob(used[-1])
         return max((p for p in used if not math.isnan(p)), default=math.nan) if share > 0.0 else 0.0
 
     def rest(self) -> None:
         """Drop nothing until the next step begins."""
-        for switch in self._switches.values():
-            switch.active = False
+        self._injection.rest()
 
     def silent(self) -> list[str]:
         """Name the layers that have not run in training since they were hooked, but for those in eval mode.
@@ -130,7 +129,7 @@ class RegularizedLayers:
         Returns:
             Their names, in order.
         """
-        return self._injection.silent() if self._injection is not None else []
+        return self._injection.silent()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of the regularisers that are not part of the model.
@@ -154,7 +153,7 @@ class RegularizedLayers:
         Raises:
             ValueError: where a state does not fit its regulariser.
         """
-        for name in self._switches.keys() & state.keys():
+        for name in self._injection.hooks.keys() & state.keys():
             try:
                 self.regularizers[name].load_state_dict(state[name])
             except RuntimeError as error:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lightning_dropcluster import ranks
-from lightning_dropcluster.regularizers import Gathering
+from lightning_dropcluster.layer_hook import LayerHook
 from lightning_dropcluster.scopes import Scope
 from lightning_dropcluster.sketch import Sketch
 
@@ -15,7 +15,7 @@ class GatheringWindow:
     """An open window over some layers.
 
     Args:
-        gatherings: name to the module that the layer's hook calls.
+        hooks: name to hook.
         scope: what is grouped.
         number: of the window, from 0.
         num_samples: samples to gather, over all ranks; each rank gathers its share.
@@ -26,7 +26,7 @@ class GatheringWindow:
 
     def __init__(
         self,
-        gatherings: Mapping[str, Gathering],
+        hooks: Mapping[str, LayerHook],
         *,
         scope: Scope,
         number: int,
@@ -35,7 +35,7 @@ class GatheringWindow:
         seed: int,
         device: torch.device,
     ) -> None:
-        self.gatherings, self.scope, self.number = gatherings, scope, number
+        self.hooks, self.scope, self.number = hooks, scope, number
         self.num_samples, self.sketch_dim, self.seed, self.device = num_samples, sketch_dim, seed, device
         self._resized: set[str] = set()
         self._counts: dict[str, int] = {}
@@ -47,21 +47,21 @@ class GatheringWindow:
             True where a layer is so; sizes that take turns fill a window in the end.
         """
         before = self._counts
-        sketches = {name: g.sketch for name, g in self.gatherings.items() if g.sketch is not None}
+        sketches = {name: h.sketch for name, h in self.hooks.items() if h.sketch is not None}
         self._counts = {name: int(sketch.count) for name, sketch in sketches.items()}
         idle = [name for name, count in self._counts.items() if count == before.get(name)]
-        return any(_changed_size(self.gatherings[name]) for name in idle)
+        return any(_changed_size(self.hooks[name]) for name in idle)
 
     def arm(self) -> None:
         """Prepare for a step: layers whose shape is known by now get a sketch."""
-        for name, gathering in self.gatherings.items():
-            sketch = gathering.sketch if _changed_size(gathering) else None
+        for name, hook in self.hooks.items():
+            sketch = hook.sketch if _changed_size(hook) else None
             if sketch is not None and not sketch.count and name not in self._resized:
                 # Made for the size before the window. Once only: sizes that take turns would never meet.
                 self._resized.add(name)
-                gathering.sketch = None
-            if gathering.sketch is None and gathering.shape is not None:
-                gathering.sketch = self._make_sketch(gathering.shape)
+                hook.sketch = None
+            if hook.sketch is None and hook.shape is not None:
+                hook.sketch = self._make_sketch(hook.shape)
 
     def is_full(self) -> bool:
         """Count the samples; every rank must ask alike, since this is a collective.
@@ -70,7 +70,7 @@ class GatheringWindow:
             True once ``num_samples`` were seen over all ranks, by the slowest of the layers that ran in this
             step: some fold windows or heads into the batch, others run only now and then.
         """
-        ran = [g.sketch.count for g in self.gatherings.values() if g.sketch is not None and not g.first_call]
+        ran = [h.sketch.count for h in self.hooks.values() if h.sketch is not None and not h.first_call]
         nothing = torch.zeros((), dtype=torch.int64, device=self.device)
         seen = torch.stack(ran).min() if ran else nothing
         return int(ranks.sum_over_ranks(seen)) >= self.num_samples
@@ -81,9 +81,9 @@ class GatheringWindow:
         Returns:
             Name to sketch, of the layers that have one.
         """
-        sketches = {name: g.sketch for name, g in self.gatherings.items() if g.sketch is not None}
-        for gathering in self.gatherings.values():
-            gathering.sketch = None
+        sketches = {name: h.sketch for name, h in self.hooks.items() if h.sketch is not None}
+        for hook in self.hooks.values():
+            hook.sketch = None
         return sketches
 
     def merge(self) -> dict[str, Sketch]:
@@ -113,9 +113,9 @@ class GatheringWindow:
         if ranks.world_size() > 1:
             return {}
         return {
-            name: {"shape": list(g.sketch.shape), **{k: v.cpu() for k, v in g.sketch.state_dict().items()}}
-            for name, g in self.gatherings.items()
-            if g.sketch is not None
+            name: {"shape": list(h.sketch.shape), **{k: v.cpu() for k, v in h.sketch.state_dict().items()}}
+            for name, h in self.hooks.items()
+            if h.sketch is not None
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -125,7 +125,7 @@ class GatheringWindow:
             state: what `state_dict` returned.
         """
         for name, entry in state.items():
-            if name not in self.gatherings or ranks.world_size() > 1:
+            if name not in self.hooks or ranks.world_size() > 1:
                 continue
             sketch = self._make_sketch(tuple(entry["shape"]))
             tensors = {key: value for key, value in entry.items() if key != "shape"}
@@ -135,7 +135,7 @@ class GatheringWindow:
                 ranks.warn(f"the open sketch of layer {name!r} was made with other settings and starts again")
                 continue
             sketch.num_samples = max(sketch.num_samples, int(sketch.count))  # asked for when it was saved
-            self.gatherings[name].sketch = sketch
+            self.hooks[name].sketch = sketch
 
     def _make_sketch(self, shape: tuple[int, ...]) -> Sketch:
         size = ranks.world_size()
@@ -153,7 +153,7 @@ class GatheringWindow:
 
     def _gathered_alike(self, sketches: Mapping[str, Sketch]) -> list[str]:
         """Name the layers that have a sketch of the same shape on every rank."""
-        names = list(self.gatherings)
+        names = list(self.hooks)
         mine = torch.zeros(len(names), 8, dtype=torch.int64)
         for row, name in zip(mine, names, strict=True):
             if name in sketches:
@@ -168,5 +168,5 @@ class GatheringWindow:
         return [name for name, same in zip(names, alike, strict=True) if same]
 
 
-def _changed_size(gathering: Gathering) -> bool:
-    return gathering.sketch is not None and gathering.sketch.shape != gathering.shape
+def _changed_size(hook: LayerHook) -> bool:
+    return hook.sketch is not None and hook.sketch.shape != hook.shape

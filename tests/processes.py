@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_dropcluster import DropCluster
-from lightning_dropcluster.injection import _Hook
+from lightning_dropcluster.layer_hook import LayerHook
 
 # Forked from a server that has imported the slow modules and started no thread.
 _FORKS = multiprocessing.get_context("forkserver")
@@ -144,7 +144,9 @@ def fit(
         "buffers": digest(dict(module.named_buffers())),
         "warnings": [str(w.message) for w in caught if "DropCluster" in str(w.message)],
         "error": error,
-        "hooks": sum(isinstance(hook, _Hook) for m in module.modules() for hook in m._forward_hooks.values()),
+        "hooks": sum(
+            isinstance(hook, LayerHook) for m in module.modules() for hook in m._forward_hooks.values()
+        ),
     }
 
 

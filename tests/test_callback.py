@@ -772,7 +772,7 @@ def test_a_convs_own_output_is_overwritten_only_where_no_other_hook_sees_it(load
 
     class Watch(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            gathering = callback._layers._gatherings["model.conv1"]
+            gathering = callback._layers.hooks["model.conv1"]
             drop = gathering.regularizer
             if drop is not None and callback.labels:
                 pointers.add(drop.inplace)

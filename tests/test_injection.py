@@ -264,8 +264,8 @@ def test_regularizers_for_other_layers_are_refused():
         ([torch.ones(2, 3)], "a list"),
         ({"x": torch.ones(2, 3)}, "a dict"),
         (None, "a NoneType"),
-        (torch.ones(2, 3, dtype=torch.int64), "a torch.int64 tensor"),
-        (torch.ones(2, 3, dtype=torch.complex64), "a torch.complex64 tensor"),
+        (torch.ones(2, 3, dtype=torch.int64), r"a torch\.int64 tensor of shape \(2, 3\)"),
+        (torch.ones(2, 3, dtype=torch.complex64), r"a torch\.complex64 tensor of shape \(2, 3\)"),
     ],
 )
 def test_an_output_that_is_no_floating_point_tensor_names_the_layer(output, description):

@@ -118,7 +118,8 @@ def test_a_step_waits_for_no_value_but_to_learn_whether_the_window_is_full(gathe
     model = timm.create_model("resnet18", num_classes=10)
     layers = make_step(model, gathers=gathers)
     with pretended_gpu():
-        for module in (model, *layers._gatherings.values()):
+        parts = [part for hook in layers.hooks.values() for part in (hook.regularizer, hook.sketch)]
+        for module in (model, *filter(None, parts)):
             moved(module)
         layers.begin_step(0.3)
         assert model(torch.empty(8, 3, 64, 64, device="cuda")).device.type == "cuda"

@@ -11,8 +11,8 @@ from torch.multiprocessing import spawn
 
 from lightning_dropcluster import ranks
 from lightning_dropcluster.clustering import FaissKMeans
+from lightning_dropcluster.layer_hook import LayerHook
 from lightning_dropcluster.reclustering import Reclustering, cluster_share
-from lightning_dropcluster.regularizers import Gathering
 from lightning_dropcluster.scopes import SCOPES, Grouping
 from lightning_dropcluster.sketch import Sketch
 from lightning_dropcluster.window import GatheringWindow
@@ -116,14 +116,16 @@ def run_reclustering(rank):
 
 def run_window(rank):
     settings = {"scope": SCOPES["map"], "number": 0, "num_samples": 12, "sketch_dim": 8, "seed": 0}
-    window = GatheringWindow({name: Gathering() for name in ("stem", "late")}, device=CPU, **settings)
+    layer = torch.nn.Identity()
+    hooks = {name: LayerHook(name, layer, None) for name in ("stem", "late")}
+    window = GatheringWindow(hooks, device=CPU, **settings)
     full = []
     for batch in range(3):
         window.arm()
-        for name, gathering in window.gatherings.items():
+        for name, hook in hooks.items():
             if name == "stem" or rank == 0:  # "late" never runs on rank 1
-                gathering.first_call = True
-                gathering(X[8 * batch + rank : 8 * (batch + 1) : 2])
+                hook.first_call = True
+                hook(layer, (), X[8 * batch + rank : 8 * (batch + 1) : 2])
         full.append(window.is_full())
     state = window.state_dict()
     with warnings.catch_warnings(record=True) as caught:

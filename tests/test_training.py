@@ -129,7 +129,7 @@ def test_precisions(loader, precision, dtype, likeness):
         callback = make_callback(num_samples=12, schedule="constant", every_n_epochs=0)
 
         def look(trainer, module, callback=callback, sketched=sketched):
-            for gathering in callback._layers._gatherings.values():
+            for gathering in callback._layers.hooks.values():
                 if gathering.sketch is not None:
                     sketched |= {b.dtype for b in gathering.sketch.buffers() if b.is_floating_point()}
 
@@ -250,7 +250,7 @@ def test_two_optimisers_by_hand(loader):
     )
 
     def look(trainer, module):
-        sketch = next(iter(callback._layers._gatherings.values())).sketch
+        sketch = next(iter(callback._layers.hooks.values())).sketch
         counts.append(0 if sketch is None else int(sketch.count))
 
     make_trainer(callback, At(look), max_steps=32, max_epochs=-1).fit(module, loader)
@@ -485,7 +485,7 @@ def test_another_size_in_the_midst_of_a_window_is_left_out_and_dropped(loader):
     callback = make_callback(start=0.0, num_samples=24, schedule="constant", every_n_epochs=0)
 
     def look(trainer, module):
-        sketch = next(iter(callback._layers._gatherings.values())).sketch
+        sketch = next(iter(callback._layers.hooks.values())).sketch
         counts.append(0 if sketch is None else int(sketch.count))
 
     make_trainer(callback, At(look), max_epochs=2).fit(module, DataLoader(Alternating(), batch_size=None))

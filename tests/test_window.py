@@ -1,12 +1,13 @@
 import pytest
 import torch
 
-from lightning_dropcluster.regularizers import Gathering
+from lightning_dropcluster.layer_hook import LayerHook
 from lightning_dropcluster.scopes import SCOPES
 from lightning_dropcluster.sketch import Sketch
 from lightning_dropcluster.window import GatheringWindow
 
 SHAPE = (2, 3, 4)
+LAYER = torch.nn.Identity()
 
 
 def make_x(samples=8, shape=SHAPE, seed=0):
@@ -15,33 +16,33 @@ def make_x(samples=8, shape=SHAPE, seed=0):
 
 def make_window(*names, **options):
     settings = {"scope": SCOPES["map"], "number": 0, "num_samples": 20, "sketch_dim": 16, "seed": 0}
-    gatherings = {name: Gathering() for name in names or ("stem",)}
-    return GatheringWindow(gatherings, device=torch.device("cpu"), **(settings | options))
+    hooks = {name: LayerHook(name, LAYER, None) for name in names or ("stem",)}
+    return GatheringWindow(hooks, device=torch.device("cpu"), **(settings | options))
 
 
 def step(window, batches):
     """Do what a training step does: arm, then one call of each layer."""
     window.arm()
-    for gathering in window.gatherings.values():
-        gathering.first_call = True
+    for hook in window.hooks.values():
+        hook.first_call = True
     for name, batch in batches.items():
-        window.gatherings[name](batch)
+        window.hooks[name](LAYER, (), batch)
 
 
 def test_layers_get_a_sketch_once_their_shape_is_known():
     window = make_window("stem", "late")
     step(window, {"stem": make_x()})
-    assert [gathering.sketch for gathering in window.gatherings.values()] == [None, None]
+    assert [hook.sketch for hook in window.hooks.values()] == [None, None]
     step(window, {"stem": make_x()})
-    assert window.gatherings["stem"].sketch.count == 8
-    assert window.gatherings["late"].sketch is None
+    assert window.hooks["stem"].sketch.count == 8
+    assert window.hooks["late"].sketch is None
 
 
 def test_arming_again_keeps_what_was_gathered():
     window = make_window()
     for _ in range(3):
         step(window, {"stem": make_x()})
-    assert window.gatherings["stem"].sketch.count == 16
+    assert window.hooks["stem"].sketch.count == 16
 
 
 def test_is_full_when_the_slowest_layer_that_ran_in_the_step_saw_enough():
@@ -73,7 +74,7 @@ def test_closing_takes_the_sketches_and_leaves_nothing_behind():
     sketches = window.close()
     assert [*sketches] == ["stem"]
     assert sketches["stem"].count == 8
-    assert all(gathering.sketch is None for gathering in window.gatherings.values())
+    assert all(hook.sketch is None for hook in window.hooks.values())
     assert window.close() == {}
 
 
@@ -101,8 +102,8 @@ def test_the_first_batch_of_the_window_sets_its_size():
     step(window, {"stem": make_x()})
     assert not window.is_full()
     step(window, {"stem": make_x()})
-    assert window.gatherings["stem"].sketch.shape == SHAPE
-    assert window.gatherings["stem"].sketch.count == 8
+    assert window.hooks["stem"].sketch.shape == SHAPE
+    assert window.hooks["stem"].sketch.count == 8
 
 
 def test_a_layer_that_never_ran_is_named_and_left_out():
@@ -190,7 +191,7 @@ def test_state_of_layers_that_are_gone_is_passed_over():
     for _ in range(2):
         step(saved, {"stem": make_x(), "gone": make_x()})
     resumed.load_state_dict(saved.state_dict())
-    assert resumed.gatherings["stem"].sketch.count == 8
+    assert resumed.hooks["stem"].sketch.count == 8
 
 
 def test_state_of_other_settings_is_named_and_starts_again():
@@ -199,7 +200,7 @@ def test_state_of_other_settings_is_named_and_starts_again():
         step(saved, {"stem": make_x()})
     with pytest.warns(UserWarning, match="sketch of layer 'stem' was made with other settings"):
         resumed.load_state_dict(saved.state_dict())
-    assert resumed.gatherings["stem"].sketch is None
+    assert resumed.hooks["stem"].sketch is None
 
 
 def test_merging_over_one_rank_changes_nothing():

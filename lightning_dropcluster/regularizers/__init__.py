@@ -7,7 +7,6 @@ from lightning_dropcluster.regularizers.cluster_drop import ClusterDrop
 from lightning_dropcluster.regularizers.corr_drop import ChannelCorrDrop, CorrDrop
 from lightning_dropcluster.regularizers.drop_block import DropBlock, ProbDropBlock
 from lightning_dropcluster.regularizers.dropout import Dropout, SpatialDropout
-from lightning_dropcluster.regularizers.gathering import Gathering
 from lightning_dropcluster.regularizers.regularizer import DropRegularizer, Regularizer
 
 REGULARIZERS: dict[str, type[nn.Module]] = {
@@ -31,7 +30,6 @@ __all__ = [
     "DropBlock",
     "DropRegularizer",
     "Dropout",
-    "Gathering",
     "ProbDropBlock",
     "Regularizer",
     "SpatialDropout",
