@@ -49,7 +49,7 @@ class FaissKMeans(TorchKMeans):
             int64 labels (B, F) on the profiles' device.
         """
         if profiles.is_cuda and faiss.get_num_gpus() > 0:
-            return self._lloyd(profiles, num_clusters, init_labels, grid, assign_on_gpu)
+            return super().fit(profiles, num_clusters, init_labels, grid)
         start, max_iter = self._start(profiles, num_clusters, init_labels, grid)
         host = profiles.detach().cpu().float().contiguous()
         points, alive = host.numpy(), is_alive(host).numpy()
@@ -69,6 +69,9 @@ class FaissKMeans(TorchKMeans):
             # In a few parts: handing small problems over one by one takes as long as solving them.
             list(pool.map(fit_some, np.array_split(np.arange(len(points)), _PARTS * workers)))
         return torch.from_numpy(labels).to(profiles.device)
+
+    def _assign(self, points: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+        return assign_on_gpu(points, means)
 
     def _fit_one(
         self,

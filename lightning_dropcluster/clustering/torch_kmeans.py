@@ -1,7 +1,6 @@
 """Lloyd's k-means on torch alone, many problems at once: the reference, and the loop FAISS uses on a GPU."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,9 +9,6 @@ from lightning_dropcluster.checks import MAX_INT, check_number
 from lightning_dropcluster.clustering.protocol import is_alive
 from lightning_dropcluster.clustering.repair import repair
 from lightning_dropcluster.clustering.tiles import tile
-
-Assign = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(points (B, F, D), centroids (B, K, D)) -> (labels (B, F) int64, squared distances (B, F))."""
 
 _BLOCK = 2**21  # distances held at a time, which the caches of a CPU hold too
 _FAR = 1e4  # profiles have unit length, so nothing is ever assigned to a centroid out here
@@ -83,7 +79,28 @@ class TorchKMeans:
         Returns:
             int64 labels (B, F) on the profiles' device.
         """
-        return self._lloyd(profiles, num_clusters, init_labels, grid, assign_nearest)
+        start, max_iter = self._start(profiles, num_clusters, init_labels, grid)
+        alive = is_alive(profiles)
+        means = _starting_centroids(profiles, alive, num_clusters, start, self.seed)
+        points, lives, going = profiles, alive, torch.arange(len(profiles), device=profiles.device)
+        labels, distances = self._assign(points, means)
+        inertia, found = (distances * lives).sum(1), torch.empty_like(labels)
+        for _ in range(max_iter):
+            means = _update(points, lives, labels, means)
+            labels, distances = self._assign(points, means)
+            found[going] = labels
+            previous, inertia = inertia, (distances * lives).sum(1)
+            gains = previous - inertia > self.tolerance * previous
+            if not gains.any():
+                break
+            if not gains.all():  # the others are done: no problem depends on what it shares a block with
+                kept = (points, lives, going, labels, means, inertia)
+                points, lives, going, labels, means, inertia = (tensor[gains] for tensor in kept)
+        return _repair_all(profiles, alive, found, num_clusters, self.min_share, self.max_share)
+
+    def _assign(self, points: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+        """Assign points to their nearest centroids, see `assign_nearest`."""
+        return assign_nearest(points, means)
 
     def _start(
         self, profiles: Tensor, num_clusters: int, init_labels: Tensor | None, grid: tuple[int, ...] | None
@@ -95,74 +112,6 @@ class TorchKMeans:
             return None, self.max_iter
         tiles = tile(grid, min(num_clusters, profiles.shape[1])).to(profiles.device)
         return tiles.expand(profiles.shape[:2]), self.max_iter
-
-    def _lloyd(
-        self,
-        profiles: Tensor,
-        num_clusters: int,
-        init_labels: Tensor | None,
-        grid: tuple[int, ...] | None,
-        assign: Assign,
-    ) -> Tensor:
-        labels, max_iter = self._start(profiles, num_clusters, init_labels, grid)
-        return lloyd(
-            profiles,
-            num_clusters,
-            labels,
-            assign=assign,
-            max_iter=max_iter,
-            tolerance=self.tolerance,
-            min_share=self.min_share,
-            max_share=self.max_share,
-            seed=self.seed,
-        )
-
-
-def lloyd(
-    profiles: Tensor,
-    num_clusters: int,
-    init_labels: Tensor | None,
-    *,
-    assign: Assign,
-    max_iter: int,
-    tolerance: float,
-    min_share: float,
-    max_share: float = math.inf,
-    seed: int,
-) -> Tensor:
-    """Run Lloyd's iterations on B problems at once.
-
-    Args:
-        profiles: (B, F, D) float32; all-zero rows take no part.
-        num_clusters: K.
-        init_labels: int64 (B, F), whose means are the first centroids, or ``None`` for random items.
-        assign: how points find their centroids.
-        max_iter: iterations at most.
-        tolerance: smallest relative gain in inertia worth another iteration.
-        min_share: see `repair`.
-        max_share: see `repair`.
-        seed: of the starting centroids.
-
-    Returns:
-        int64 labels (B, F); of dead items 0.
-    """
-    alive = is_alive(profiles)
-    means = _starting_centroids(profiles, alive, num_clusters, init_labels, seed)
-    points, lives, going = profiles, alive, torch.arange(len(profiles), device=profiles.device)
-    labels, distances = assign(points, means)
-    inertia, found = (distances * lives).sum(1), torch.empty_like(labels)
-    for _ in range(max_iter):
-        means = _update(points, lives, labels, means)
-        labels, distances = assign(points, means)
-        found[going] = labels
-        previous, inertia = inertia, (distances * lives).sum(1)
-        gains = previous - inertia > tolerance * previous
-        if not gains.any():
-            break
-        if not gains.all():  # the others are done: no problem depends on what it shares a block with
-            kept = (points, lives, going, labels, means, inertia)
-            points, lives, going, labels, means, inertia = (tensor[gains] for tensor in kept)
-    return _repair_all(profiles, alive, found, num_clusters, min_share, max_share)
 
 
 def assign_nearest(points: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:

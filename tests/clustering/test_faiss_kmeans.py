@@ -2,13 +2,12 @@ import subprocess
 import sys
 from contextlib import nullcontext
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from lightning_dropcluster.clustering import FaissKMeans, TorchKMeans, faiss_kmeans
-from lightning_dropcluster.clustering.torch_kmeans import assign_nearest, lloyd
+from lightning_dropcluster.clustering.torch_kmeans import assign_nearest
 
 faiss = faiss_kmeans.faiss
 SETTINGS = {"max_iter": 10, "tolerance": 1e-3, "min_share": 0.25, "seed": 0}
@@ -17,13 +16,6 @@ SETTINGS = {"max_iter": 10, "tolerance": 1e-3, "min_share": 0.25, "seed": 0}
 def make_profiles(problems=4, items=200, dims=16, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(problems, items, dims, generator=generator), dim=2)
-
-
-def assign_by_faiss(points, means):
-    """Stand in for `assign_on_gpu`: the same library on the CPU."""
-    pairs = zip(points.numpy(), means.numpy(), strict=True)
-    distances, labels = zip(*(faiss.knn(some, centres, 1) for some, centres in pairs), strict=True)
-    return torch.from_numpy(np.stack(labels))[:, :, 0], torch.from_numpy(np.stack(distances))[:, :, 0]
 
 
 def knn_on_cpu(resources, points, means, k, device):
@@ -116,16 +108,6 @@ def test_what_faiss_refuses_raises():
     profiles[1, 2, 3] = torch.nan
     with pytest.raises(RuntimeError, match="NaN"):
         FaissKMeans().fit(profiles, 10)
-
-
-@pytest.mark.parametrize("warm", [True, False])
-def test_lloyds_loop_does_not_care_who_assigns(warm):
-    profiles = make_profiles()
-    old = torch.arange(200).repeat(4, 1) % 10 if warm else None
-    ours, theirs = (
-        lloyd(profiles, 10, old, assign=assign, **SETTINGS) for assign in (assign_nearest, assign_by_faiss)
-    )
-    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.usefixtures("no_gpu")

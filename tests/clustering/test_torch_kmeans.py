@@ -1,3 +1,4 @@
+import math
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -11,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_dropcluster.clustering import TorchKMeans, torch_kmeans
-from lightning_dropcluster.clustering.torch_kmeans import assign_nearest, lloyd
+from lightning_dropcluster.clustering.torch_kmeans import assign_nearest
 
 BLOCKS = st.sampled_from([1, 50, 2**21])
-SETTINGS = {"tolerance": 0.0, "min_share": 0.0, "seed": 0}
+SETTINGS = {"tolerance": 0.0, "min_share": 0.0, "max_share": math.inf}
 
 
 def make_profiles(problems=3, items=60, dims=8, seed=0):
@@ -22,13 +23,18 @@ def make_profiles(problems=3, items=60, dims=8, seed=0):
     return F.normalize(torch.randn(problems, items, dims, generator=generator), dim=2)
 
 
-def spy_on_inertia(inertias):
-    def assign(points, means):
-        labels, distances = assign_nearest(points, means)
-        inertias.append(float((distances * points.any(dim=2)).sum()))
-        return labels, distances
+class Watched(TorchKMeans):
+    """Keeps the centroids and the inertia of each assignment."""
 
-    return assign
+    def __init__(self, **settings):
+        super().__init__(**SETTINGS | settings)
+        self.means, self.inertias = [], []
+
+    def _assign(self, points, means):
+        labels, distances = assign_nearest(points, means)
+        self.means.append(means)
+        self.inertias.append(float((distances * points.any(dim=2)).sum()))
+        return labels, distances
 
 
 @contextmanager
@@ -92,48 +98,35 @@ def test_a_gpu_adds_up_the_points_of_clusters_as_a_cpu_does(problems, items, clu
 
 
 def test_every_iteration_lowers_the_inertia():
-    inertias = []
-    lloyd(make_profiles(), 7, None, assign=spy_on_inertia(inertias), max_iter=20, **SETTINGS)
-    assert len(inertias) > 3
-    assert all(later <= earlier + 1e-4 for earlier, later in pairwise(inertias))
+    kmeans = Watched(max_iter=20)
+    kmeans.fit(make_profiles(), 7)
+    assert len(kmeans.inertias) > 3
+    assert all(later <= earlier + 1e-4 for earlier, later in pairwise(kmeans.inertias))
 
 
 @pytest.mark.parametrize(("max_iter", "tolerance", "calls"), [(4, 0.0, 5), (1, 0.0, 2), (20, 1.0, 2)])
 def test_stops_after_the_iterations_or_the_tolerance(max_iter, tolerance, calls):
-    inertias = []
-    options = SETTINGS | {"tolerance": tolerance, "max_iter": max_iter}
-    lloyd(make_profiles(items=300), 7, None, assign=spy_on_inertia(inertias), **options)
-    assert len(inertias) == calls
+    kmeans = Watched(max_iter=max_iter, tolerance=tolerance)
+    kmeans.fit(make_profiles(items=300), 7)
+    assert len(kmeans.inertias) == calls
 
 
 def test_one_update_is_the_mean_of_the_live_members():
     profiles = make_profiles()
     profiles[:, ::4] = 0
-    labels = torch.arange(60).repeat(3, 1) % 5
-    seen = []
-
-    def assign(points, means):
-        seen.append(means)
-        return assign_nearest(points, means)
-
-    lloyd(profiles, 6, labels, assign=assign, max_iter=1, **SETTINGS)
+    labels, kmeans = torch.arange(60).repeat(3, 1) % 5, Watched()
+    kmeans.fit(profiles, 6, labels)
     live = profiles[0].any(1)
     for cluster in range(5):
         members = profiles[:, live & (labels[0] == cluster)]
-        torch.testing.assert_close(seen[0][:, cluster], members.mean(1))
+        torch.testing.assert_close(kmeans.means[0][:, cluster], members.mean(1))
 
 
 def test_starting_points_are_live_and_distinct():
-    profiles = make_profiles()
+    profiles, kmeans = make_profiles(), Watched()
     profiles[:, ::2] = 0
-    seen = []
-
-    def assign(points, means):
-        seen.append(means)
-        return assign_nearest(points, means)
-
-    lloyd(profiles, 30, None, assign=assign, max_iter=1, **SETTINGS)
-    for points, means in zip(profiles, seen[0], strict=True):
+    kmeans.fit(profiles, 30)
+    for points, means in zip(profiles, kmeans.means[0], strict=True):
         which = (points[:, None] == means).all(2).nonzero()
         assert which[:, 0].tolist() == [*range(1, 60, 2)]
 
