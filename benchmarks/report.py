@@ -25,10 +25,10 @@ Values = dict[str, dict[int, float]]
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a run, how to print it, and whether more of it is better."""
+    """A number of a run, `None` where the run has none, and how to print it."""
 
     name: str
-    read: Callable[[Record], float]
+    read: Callable[[Record], float | None]
     factor: float
     digits: int
 
@@ -36,6 +36,11 @@ class Metric:
 def corrupted(record: Record, score: str) -> float:
     """Average a score over corruptions and severities: the plain mean, without a reference network."""
     return fmean(number(value) for scores in record["corrupted"].values() for value in scores[score])
+
+
+def scaled(record: Record, score: str) -> float | None:
+    """Read a score after temperature scaling."""
+    return number(record["scaled"][score]) if record.get("scaled") else None
 
 
 def number(score: float | None) -> float:
@@ -52,9 +57,9 @@ METRICS = (
     Metric("corrupted ECE %", lambda r: corrupted(r, "ece"), 100, 2),
 )
 SCALED = (
-    Metric("temperature", lambda r: number(r["scaled"]["temperature"]), 1, 2),
-    Metric("scaled NLL", lambda r: number(r["scaled"]["nll"]), 1, 3),
-    Metric("scaled ECE %", lambda r: number(r["scaled"]["ece"]), 100, 2),
+    Metric("temperature", lambda r: scaled(r, "temperature"), 1, 2),
+    Metric("scaled NLL", lambda r: scaled(r, "nll"), 1, 3),
+    Metric("scaled ECE %", lambda r: scaled(r, "ece"), 100, 2),
 )
 
 
@@ -98,8 +103,9 @@ def collect(stage: Stage, records: Sequence[Record], metric: Metric) -> Values:
     found = {key(record["arguments"]): record for record in records}
     values: Values = {method.name: {} for method in stage.methods}
     for run in final_runs(stage, records):
-        if run.key in found:
-            values[run.method][run.settings.seed] = metric.factor * metric.read(found[run.key])
+        score = metric.read(found[run.key]) if run.key in found else None
+        if score is not None:
+            values[run.method][run.settings.seed] = metric.factor * score
     return {method: by_seed for method, by_seed in values.items() if by_seed}
 
 
@@ -111,15 +117,15 @@ def markdown(stage: Stage, records: Sequence[Record], against: str | None = None
     columns = {metric: collect(stage, records, metric) for metric in metrics(stage)}
     yield from _header("method", "seeds", *(metric.name for metric in columns))
     for method, by_seed in columns[METRICS[0]].items():
-        cells = [_cell(estimate(list(of[method].values())), metric.digits) for metric, of in columns.items()]
+        scores = {metric: list(of.get(method, {}).values()) for metric, of in columns.items()}
+        cells = [_cell(estimate(of) if of else None, metric.digits) for metric, of in scores.items()]
         yield _row(method, str(len(by_seed)), *cells)
     yield ""
     yield from _header("difference", "pairs", *(metric.name for metric in columns))
     for method, less in compared(stage, against):
         pairs = {m: difference(of.get(method, {}), of.get(less, {})) for m, of in columns.items()}
-        cells = [_cell(pair, m.digits, signed=True) for m, pair in pairs.items() if pair]
-        if cells:
-            count = max(pair.count for pair in pairs.values() if pair)
+        cells = [_cell(pair, metric.digits, signed=True) for metric, pair in pairs.items()]
+        if count := max(pair.count if pair else 0 for pair in pairs.values()):
             yield _row(f"{method} less {less}", str(count), *cells)
 
 
@@ -175,7 +181,9 @@ def draw(stage: Stage, records: Sequence[Record]) -> Figure:
     axes = figure.subplots(rows, 3, sharey=True, squeeze=False)
     for axis, metric in zip(axes.flat, columns, strict=True):
         for row, method in enumerate(methods):
-            values = list(columns[metric][method].values())
+            values = list(columns[metric].get(method, {}).values())
+            if not values:
+                continue
             mean = estimate(values)
             axis.plot(values, [row] * len(values), ".", color="0.7", zorder=1)
             axis.errorbar(mean.mean, row, xerr=mean.high - mean.mean, fmt="o", color="C0", capsize=3)
@@ -184,7 +192,9 @@ def draw(stage: Stage, records: Sequence[Record]) -> Figure:
     return figure
 
 
-def _cell(value: Estimate, digits: int, *, signed: bool = False) -> str:
+def _cell(value: Estimate | None, digits: int, *, signed: bool = False) -> str:
+    if value is None:
+        return "-"
     if isnan(value.mean):
         return "diverged"
     sign = "+" if signed else ""

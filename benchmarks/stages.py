@@ -447,7 +447,7 @@ PEERS_2000 = replace(
 PEERS_5000 = replace(
     PEERS_2000,
     base=replace(PEERS_2000.base, train_samples=5000),
-    rounds=((range(5), ("DropBlock",)), (range(5), ("DropCluster",))),
+    rounds=[((seed,), ("DropCluster", "DropBlock")) for seed in range(5)],
 )
 """DropBlock with what was chosen for 2,000, beside runs of `blocks-5000`."""
 

@@ -262,3 +262,13 @@ def test_a_run_that_diverged_is_reported_as_such():
         ["10.00 ± 0.00", "diverged", "diverged"]
     ]
     draw(STAGE, records)
+
+
+def test_scores_that_a_run_lacks_are_left_blank():
+    stage = replace(STAGE, base=replace(STAGE.base, calibration_samples=8))
+    records = [*TUNED, *map(fake_record, final_runs(stage, TUNED))]
+    records[-1]["scaled"] = {"temperature": 1.5, "nll": 1.0, "ece": 0.1}
+    rows = [line.strip("| ").split(" | ") for line in markdown(stage, records)]
+    assert sum(row[-3:] == ["1.50", "1.000", "10.00"] for row in rows) == 1
+    assert any(row[0] == "dropped" and row[-3:] == ["-", "-", "-"] for row in rows)
+    draw(stage, records)
