@@ -64,7 +64,7 @@ def stage_ends(root: nn.Module) -> dict[str, int]:
         for entry in getattr(info, "info", info) or ():
             # Models made with features_only=True have underscores in place of the dots.
             for name in (str(entry["module"]), str(entry["module"]).replace(".", "_")):
-                if name in named and not _is_inside_a_block(name, named):
+                if name and name in named and not _is_inside_a_block(name, named):
                     ends[prefix + name] = entry["num_chs"]
     return ends
 

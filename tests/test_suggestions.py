@@ -113,10 +113,12 @@ def test_models_that_give_features_have_underscores_in_their_names():
 
 
 def test_names_have_the_childs_prefix_in_a_lightning_module():
-    parts = nn.ModuleDict({"model": on_meta("resnet18")})
-    found = preview(parts, example_input=(3, 64, 64))
-    assert found.patterns[ENDS][0] == "model.layer1.1.conv2"
-    assert found.stages[0] == "model.layer1"
+    for family, names in (
+        ("resnet18", ("layer1.1.conv2", "layer1")),
+        ("tresnet_m", ("body.layer1.2.conv2.conv", "body.layer1")),
+    ):
+        found = preview(nn.ModuleDict({"model": on_meta(family)}), example_input=(3, 64, 64))
+        assert (found.patterns[ENDS][0], found.stages[0]) == tuple(f"model.{name}" for name in names)
 
 
 def test_a_model_that_names_no_stages_has_patterns_too():
