@@ -2,16 +2,18 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from itertools import accumulate
 
 from torch import nn
 
-from lightning_dropcluster.layers import select_layers
+from lightning_dropcluster.layers import CONV_LAYERS, select_layers
 from lightning_dropcluster.patterns import compile_pattern
 from lightning_dropcluster.tracing import Call
 
 _MOST_PATTERNS = 8  # a longer list says less than a look at the table
 
-_SHORTCUTS = {"downsample", "shortcut"}
+# Segments in names of what is no part of a stage's own path.
+_BESIDE = {"downsample", "shortcut", "pos_embed", "pos_embd", "head"}
 
 
 def suggest_patterns(root: nn.Module, calls: Sequence[Call]) -> dict[str, list[str]]:
@@ -24,15 +26,16 @@ def suggest_patterns(root: nn.Module, calls: Sequence[Call]) -> dict[str, list[s
     Returns:
         Title to patterns, of the choices that the model has.
     """
-    convs = [call for call in calls if call.is_conv]
+    convs = _convs(calls)
     if not convs:
         return {}
-    ends = list(dict.fromkeys(conv for _, conv in _stages(calls)))
+    stages = _stages(calls)
+    ends = [conv for end, own in stages if (conv := _last_conv(end, own))]
     large = [call for call in convs if max(_kernel(call)) > 1]
-    late = convs[convs.index(ends[-3]) + 1 :] if len(ends) > 2 else []
+    late = set(calls[calls.index(stages[-3][0]) :]) if len(stages) > 2 else set()
     choices = {
         "stem": convs[:1],
-        "last conv of each stage": [call for call in ends if call != convs[0]],
+        "last conv of each stage": ends,
         "k × k convs of the last two stages": [call for call in large if call in late],
         "all depthwise convs": [call for call in convs if _is_depthwise(call.module)],
         "all k × k convs": large,
@@ -49,16 +52,10 @@ def suggest_stages(calls: Sequence[Call]) -> list[str]:
         calls: as for `suggest_patterns`.
 
     Returns:
-        Names, without that of a stem that is one conv; none where stages do not end with maps of several
-        positions.
+        Names; none where stages do not end with maps of several positions, or are as many as blocks.
     """
-    stem = next((call for call in calls if call.is_conv), None)
-    stages = dict(_stages(calls))
-    return [
-        end.name
-        for end, conv in list(stages.items())[:-1]
-        if end.gives_stage_maps and conv not in (end, stem) and "stem" not in end.name.split(".")
-    ]
+    names = [end.name for end, _ in _stages(calls)[:-1] if end.gives_stage_maps]
+    return names if len(names) <= _MOST_PATTERNS else []
 
 
 def cover(names: Collection[str], wanted: Collection[str]) -> list[str]:
@@ -103,14 +100,54 @@ def _generalisations(name: str) -> Iterator[str]:
         yield f"{head}.**"
 
 
-def _stages(calls: Sequence[Call]) -> Iterator[tuple[Call, Call]]:
-    """Yield each call that ends a stage with that of the last conv in it, shortcuts aside."""
-    last: Call | None = None
+def _convs(calls: Sequence[Call]) -> list[Call]:
+    """Leave out convs of fewer dimensions than the first: such a gate works on one number per channel."""
+    convs = [call for call in calls if call.is_conv]
+    return [call for call in convs if len(call.grid) >= len(convs[0].grid)]
+
+
+def _stages(calls: Sequence[Call]) -> list[tuple[Call, list[Call]]]:
+    """Pair each call that ends a stage with the convs on the stage's own path; the stem is no stage."""
+    ends = [call for call in calls if call.ends_stage]
+    convs = _convs(calls)
+    if not (ends and convs):
+        return []
+    stem = _around(convs[0]) - _around(ends[-1])
+    aside = _BESIDE | stem | {end.name for end in ends if _is_one_conv(end.module)}
+    stages: list[tuple[Call, list[Call]]] = []
+    own: list[Call] = []
     for call in calls:
-        if call.is_conv and not _SHORTCUTS & set(call.name.split(".")):
-            last = call
-        if call.ends_stage and last is not None:
-            yield call, last
+        on_path = not aside & (_around(call) | set(call.name.split(".")))
+        if on_path and call in convs:
+            own.append(call)
+        is_stage = own or (on_path and _has_matrix(call.module))
+        # The last end may be a conv behind the last stage, in place of that stage's own end.
+        if is_stage and call.ends_stage and (on_path or call == ends[-1]):
+            stages.append((call, own))
+            own = []
+    return stages
+
+
+def _around(call: Call) -> set[str]:
+    """Name a module and those that hold it."""
+    return set(accumulate(call.name.split("."), "{}.{}".format))
+
+
+def _is_one_conv(module: nn.Module) -> bool:
+    """Whether a module is one conv with its norm and activation: of a stem or head, which timm lists too."""
+    convs = [name for name, inner in module.named_modules() if isinstance(inner, CONV_LAYERS)]
+    return len(convs) == 1 and "." not in convs[0] and not isinstance(module, nn.Sequential)
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether a module does more than norm, activation or pooling."""
+    return any(weight.ndim > 1 for weight in module.parameters())
+
+
+def _last_conv(end: Call, convs: Sequence[Call]) -> Call | None:
+    """Find the last conv with maps as large as the stage's; those of other sizes are in branches."""
+    fitting = [conv for conv in convs if not end.gives_stage_maps or conv.grid == end.grid]
+    return fitting[-1] if fitting else None
 
 
 def _kernel(call: Call) -> tuple[int, ...]:

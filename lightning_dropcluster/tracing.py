@@ -32,6 +32,11 @@ class Call:
     stage_channels: int | None = None
 
     @property
+    def grid(self) -> Shape:
+        """The output's shape without its channels."""
+        return self.shape[1:] if self.shape else ()
+
+    @property
     def ends_stage(self) -> bool:
         """Whether it is one of `stage_ends`."""
         return self.stage_channels is not None
@@ -39,12 +44,12 @@ class Call:
     @property
     def gives_stage_maps(self) -> bool:
         """Whether it ends a stage with maps of more than one position, not with tokens or channels last."""
-        return self.shape is not None and self.shape[0] == self.stage_channels and prod(self.shape[1:]) > 1
+        return bool(self.shape) and self.shape[0] == self.stage_channels and prod(self.grid) > 1
 
     @property
     def is_conv(self) -> bool:
         """Whether a conv layer ran, on maps of more than one position (not a squeeze-and-excite's)."""
-        return isinstance(self.module, CONV_LAYERS) and bool(self.shape) and prod(self.shape[1:]) > 1
+        return isinstance(self.module, CONV_LAYERS) and prod(self.grid) > 1
 
 
 def stage_ends(root: nn.Module) -> dict[str, int]:

@@ -32,6 +32,28 @@ FAMILIES = {
         [f"features.denseblock{i}.denselayer{j}.conv2" for i, j in ((1, 6), (2, 12), (3, 24), (4, 16))],
     ),
     "vit_tiny_patch16_224": ("patch_embed.proj", None),
+    "ecaresnet26t": ("conv1.0", [f"layer{i}.1.conv3" for i in (1, 2, 3, 4)]),  # whose gates are Conv1d
+    "eca_nfnet_l0": ("stem.conv1", [f"stages.{i}.{j}.conv3" for i, j in enumerate((0, 1, 5, 2))]),
+    "gernet_s": (
+        "stem.conv",
+        [
+            f"stages.{name}.conv"
+            for name in ("0.0.conv2_kxk", "1.2.conv2_kxk", "2.6.conv3_1x1", "4.0.conv3_1x1")
+        ],
+    ),
+    "edgenext_xx_small": (
+        "stem.0",
+        [
+            f"stages.{i}.blocks.{name}"
+            for i, name in enumerate(("1.conv_dw", "1.convs.0", "5.convs.1", "1.convs.2"))
+        ],
+    ),
+    "selecsls42b": ("stem.0", [f"features.{i}.conv6.0" for i in (1, 3, 5)]),
+    "nest_tiny": ("patch_embed.proj", None),  # whose other convs have larger maps than their stages
+    "repvgg_a0": (
+        "stem.conv_1x1.conv",
+        [f"stages.{i}.{j}.conv_kxk.conv" for i, j in enumerate((1, 3, 13, 0))],
+    ),
 }
 
 
@@ -47,7 +69,9 @@ def test_families(family):
     patterns = preview(model, example_input=model.default_cfg["input_size"]).patterns
     assert patterns[STEM] == [stem]
     assert patterns.get(ENDS) == ends
-    convs = select_layers(model, "**")
+    convs = {
+        name: conv for name, conv in select_layers(model, "**").items() if not isinstance(conv, nn.Conv1d)
+    }
     assert set(select_layers(model, patterns[LARGE])) == {
         name for name, conv in convs.items() if max(conv.kernel_size) > 1 and "pre_logits" not in name
     }  # VGG's classifier is a conv of 7 × 7 whose maps are 1 × 1
@@ -64,6 +88,13 @@ def test_families(family):
         ("efficientnet_b0", ("blocks.0", "blocks.1", "blocks.2", "blocks.4")),
         ("nfnet_f0", ("stages.0", "stages.1", "stages.2")),  # stem and head are convs among its stages
         ("maxvit_tiny_tf_224", ("stages.0", "stages.1", "stages.2")),  # whose stem has two convs
+        ("resnet50d", ("layer1", "layer2", "layer3")),  # timm lists the activation behind its three convs
+        ("tresnet_m", ("body.layer1", "body.layer2", "body.layer3")),  # timm lists a module without a name
+        ("vgg16", ("features.3", "features.8", "features.15", "features.22")),  # timm lists the last pooling
+        ("nest_tiny", ("levels.0", "levels.1")),  # no conv of its own in the first
+        ("inception_v3", ("Mixed_5d", "Mixed_6e")),  # single convs are no stages
+        ("selecsls42b", ()),  # all but the head give lists
+        ("convmixer_768_32", ()),  # all of its 32 blocks are said to be stages
         ("swin_tiny_patch4_window7_224", ()),  # channels last
         ("vit_tiny_patch16_224", ()),  # tokens
         ("xception41", ()),  # whose stages end inside blocks, which have shortcuts around them
@@ -115,6 +146,7 @@ def test_models_that_give_features_have_underscores_in_their_names():
 def test_names_have_the_childs_prefix_in_a_lightning_module():
     for family, names in (
         ("resnet18", ("layer1.1.conv2", "layer1")),
+        ("test_resnet", ("layer1.0.conv2", "layer1")),
         ("tresnet_m", ("body.layer1.2.conv2.conv", "body.layer1")),
     ):
         found = preview(nn.ModuleDict({"model": on_meta(family)}), example_input=(3, 64, 64))
