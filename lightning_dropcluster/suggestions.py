@@ -34,7 +34,7 @@ def suggest_patterns(root: nn.Module, calls: Sequence[Call]) -> dict[str, list[s
     large = [call for call in convs if max(_kernel(call)) > 1]
     late = set(calls[calls.index(stages[-3][0]) :]) if len(stages) > 2 else set()
     choices = {
-        "stem": convs[:1],
+        "stem": convs[:1] if sum(call.is_first for call in convs) < 2 else [],
         "last conv of each stage": ends,
         "k × k convs of the last two stages": [call for call in large if call in late],
         "all depthwise convs": [call for call in convs if _is_depthwise(call.module)],

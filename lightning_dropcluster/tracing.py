@@ -24,12 +24,14 @@ class Call:
         module: itself.
         shape: (C, *spatial) of its output, ``None`` where that is no tensor.
         stage_channels: what `stage_ends` says of it, ``None`` where it is none of these.
+        is_first: whether it is the first conv, or one beside it that works on the very same tensor.
     """
 
     name: str
     module: nn.Module
     shape: Shape | None
     stage_channels: int | None = None
+    is_first: bool = False
 
     @property
     def grid(self) -> Shape:
@@ -92,15 +94,21 @@ def trace(module: nn.Module, picked: Mapping[str, nn.Module], example_input: Any
     args, kwargs = _arguments(module, example_input)
     calls: list[Call] = []
     ends = stage_ends(module)
-    watched = {**_convs(module), **picked, **{name: module.get_submodule(name) for name in ends}}
+    convs = _convs(module)
+    watched = {**convs, **picked, **{name: module.get_submodule(name) for name in ends}}
+    first: tuple[Any, ...] = ()  # inputs of the first conv, kept lest another tensor take their place
 
-    def note(name: str, output: Any) -> None:
+    def note(name: str, inputs: tuple[Any, ...], output: Any) -> None:
+        nonlocal first
+        given = inputs if name in convs else ()
+        first = first or given
+        is_first = bool(given) and given[0] is first[0]
         shape = tuple(output.shape[1:]) if isinstance(output, Tensor) and output.ndim > 1 else None
-        calls.append(Call(name, watched[name], shape, ends.get(name)))
+        calls.append(Call(name, watched[name], shape, ends.get(name), is_first))
 
     with ExitStack() as stack:
         for name, layer in watched.items():
-            hook = layer.register_forward_hook(lambda _layer, _inputs, output, name=name: note(name, output))
+            hook = layer.register_forward_hook(lambda _layer, *given, name=name: note(name, *given))
             stack.callback(hook.remove)
         stack.enter_context(_left_as_it_was(module))
         try:

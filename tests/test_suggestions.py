@@ -50,10 +50,7 @@ FAMILIES = {
     ),
     "selecsls42b": ("stem.0", [f"features.{i}.conv6.0" for i in (1, 3, 5)]),
     "nest_tiny": ("patch_embed.proj", None),  # whose other convs have larger maps than their stages
-    "repvgg_a0": (
-        "stem.conv_1x1.conv",
-        [f"stages.{i}.{j}.conv_kxk.conv" for i, j in enumerate((1, 3, 13, 0))],
-    ),
+    "repvgg_a0": (None, [f"stages.{i}.{j}.conv_kxk.conv" for i, j in enumerate((1, 3, 13, 0))]),
 }
 
 
@@ -67,7 +64,7 @@ def test_families(family):
     model = on_meta(family)
     stem, ends = FAMILIES[family]
     patterns = preview(model, example_input=model.default_cfg["input_size"]).patterns
-    assert patterns[STEM] == [stem]
+    assert patterns.get(STEM) == (stem and [stem])
     assert patterns.get(ENDS) == ends
     convs = {
         name: conv for name, conv in select_layers(model, "**").items() if not isinstance(conv, nn.Conv1d)
@@ -141,6 +138,11 @@ def test_models_that_give_features_have_underscores_in_their_names():
     with torch.device("meta"):
         model = timm.create_model("convnext_atto", features_only=True)
     assert preview(model, example_input=(3, 64, 64)).stages == ("stages_0", "stages_1", "stages_2")
+
+
+@pytest.mark.parametrize("family", ["mobileone_s0", "fastvit_t8"])
+def test_a_first_conv_past_which_another_leads_is_no_stem(family):
+    assert STEM not in preview(on_meta(family), example_input=(3, 64, 64)).patterns
 
 
 def test_names_have_the_childs_prefix_in_a_lightning_module():
