@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 _PROG = "lightning-dropcluster"
-_MISSING = "{error}: this command needs more packages: pip install 'lightning-dropcluster[cli]'"
+_MISSING = "{error}: this command needs more packages: pip install '.[cli]' in the clone"
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -204,8 +204,12 @@ def _add_layers(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--all", action="store_true", dest="show_all", help="with --match, show the other layers too"
     )
-    parser.add_argument("--any_layer", action="store_true", help="let --match pick modules of any type")
-    parser.add_function_arguments(layers, skip={"model", "match", "show_all", "any_layer"})
+    parser.add_argument(
+        "--any_layer",
+        action="store_true",
+        help="let --match pick modules of any type, as layer_types=torch.nn.Module does",
+    )
+    parser.add_function_arguments(layers, as_group=False, skip={"model", "match", "show_all", "any_layer"})
 
 
 def _add_plot(parser: ArgumentParser) -> None:
@@ -219,7 +223,7 @@ def _add_plot(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--match", nargs="+", type=str, metavar="PATTERN", help="patterns of layers' names; all by default"
     )
-    parser.add_function_arguments(plot, skip={"checkpoints", "match"})
+    parser.add_function_arguments(plot, as_group=False, skip={"checkpoints", "match"})
 
 
 def _first_line(function: Callable[..., None]) -> str:

@@ -249,4 +249,5 @@ def _explain_no_match(
         head += f"; for other layers {WIDEN}"
     else:
         head = f"layers={pattern!r} matches no layer"
-    return f"{head}; nearest {allowed} layers: {', '.join(nearest_names(str(pattern), candidates)) or 'none'}"
+    kind = "modules" if types == (nn.Module,) else f"{allowed} layers"
+    return f"{head}; nearest {kind}: {', '.join(nearest_names(str(pattern), candidates)) or 'none'}"

@@ -376,6 +376,11 @@ def test_other_layer_types_are_named_in_the_error():
         select_layers(small_resnet(), "conv1", [nn.BatchNorm2d, nn.ReLU])
 
 
+def test_where_any_module_may_be_picked_modules_are_nearest():
+    with pytest.raises(ValueError, match="layers='leyer1' matches no layer; nearest modules: layer1, "):
+        select_layers(small_resnet(), "leyer1", nn.Module)
+
+
 def test_a_model_without_layers_says_so():
     with pytest.raises(ValueError, match="layers='conv' matches no layer; nearest conv layers: none"):
         select_layers(nn.ModuleDict({"fc": nn.Linear(1, 1)}), "conv")

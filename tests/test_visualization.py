@@ -176,7 +176,7 @@ def test_bad_counts_of_maps_in_animations(value, tmp_path):
 
 def test_missing_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'lightning-dropcluster\[plot\]'"):
+    with pytest.raises(ImportError, match=r"pip install '.\[plot\]' in the clone"):
         plot_clusters(torch.zeros(1, 2, 2, dtype=torch.long))
 
 

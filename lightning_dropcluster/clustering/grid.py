@@ -17,7 +17,7 @@ class Ward:
     """Ward's agglomeration on the grid: every cluster is spatially connected (scikit-learn).
 
     Slower than k-means, and it cannot start from old labels. Needs
-    ``pip install lightning-dropcluster[ward]``.
+    ``pip install '.[ward]'`` in the clone.
 
     Raises:
         ImportError: at construction, where scikit-learn is missing.
@@ -54,7 +54,7 @@ class ReNA:
     """Recursive neighbour agglomeration, which the paper uses: fast, and connected on the grid (nilearn).
 
     Source: Hoyos-Idrobo et al. 2019, https://arxiv.org/abs/1609.04608. It cannot start from old labels. Needs
-    ``pip install lightning-dropcluster[rena]``.
+    ``pip install '.[rena]'`` in the clone.
 
     Raises:
         ImportError: at construction, where nilearn is missing.
@@ -89,7 +89,7 @@ class ReNA:
 
 def _require(module: str, package: str, extra: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise ImportError(f"{package} is missing: pip install 'lightning-dropcluster[{extra}]'")
+        raise ImportError(f"{package} is missing: pip install '.[{extra}]' in the clone")
 
 
 def _fit_each(cluster: Cluster, profiles: Tensor, num_clusters: int, grid: tuple[int, ...] | None) -> Tensor:

@@ -36,9 +36,7 @@ def new_figure(function: str) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            f"{function} needs matplotlib: pip install 'lightning-dropcluster[plot]'"
-        ) from error
+        raise ImportError(f"{function} needs matplotlib: pip install '.[plot]' in the clone") from error
     figure = Figure(layout="compressed", dpi=150)
     figure._repr_png_ = partial(_to_png, figure)  # pyright: ignore[reportAttributeAccessIssue]
     return figure
