@@ -124,7 +124,8 @@ def _those(found: Preview, names: Collection[str]) -> Iterator[LayerPreview]:
 
 
 def _notes(chosen: Preview, scope: str) -> Iterator[str]:
-    whole = [layer for layer in chosen.layers if layer.shape and layer.num_clusters == 1]
+    # As in a fit, a map of one feature is nothing to cluster, and no news.
+    whole = [layer for layer in chosen.layers if layer.num_clusters == 1 < layer.features // layer.problems]
     if whole and scope == "map":
         noun = "layers" if len(whole) > 1 else "layer"
         yield (
