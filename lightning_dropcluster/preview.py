@@ -13,7 +13,7 @@ from lightning_dropcluster.layers import Layers, LayerTypes, select_layers
 from lightning_dropcluster.scopes import SCOPES, Grouping, Shape
 from lightning_dropcluster.sketch import Sketch
 from lightning_dropcluster.suggestions import suggest_patterns, suggest_stages
-from lightning_dropcluster.tracing import trace
+from lightning_dropcluster.tracing import Call, trace
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,14 @@ class LayerPreview:
     Args:
         name: as `select_layers` gives it.
         type: the module's class.
-        shape: (C, *spatial) of the output, ``None`` where the layer does not run in eval mode.
+        shape: (C, *spatial) of the output, ``None`` where that is not one tensor, or the layer does not
+            run in eval mode.
         problems: how many clusterings there are, for example one per feature map.
         num_clusters: clusters in each of them.
         sketch_bytes: memory of the layer's sketch while a gathering window is open.
+        output_type: name of the output's class, empty where the layer does not run in eval mode.
+        channels_last: whether the last dimension is known to hold the channels, as it does in the stages of
+            Swin and the blocks of ViT; rows or tokens would be taken for channels.
     """
 
     name: str
@@ -35,6 +39,8 @@ class LayerPreview:
     problems: int = 0
     num_clusters: int = 0
     sketch_bytes: int = 0
+    output_type: str = ""
+    channels_last: bool = False
 
     @property
     def features(self) -> int:
@@ -48,8 +54,10 @@ class LayerPreview:
             One text for each of `HEADINGS`.
         """
         if self.shape is None:
-            return self.name, self.type, "does not run in eval mode", "", "", ""
-        shape = "×".join(map(str, self.shape))
+            given = {"": "does not run in eval mode", "Tensor": "gives a tensor without channels"}
+            output = given.get(self.output_type, f"gives {self.output_type}, not one tensor")
+            return self.name, self.type, output, "", "", ""
+        shape = "×".join(map(str, self.shape)) + ", channels last" * self.channels_last
         clusters = (
             f"{self.num_clusters:,}" if self.problems == 1 else f"{self.problems} × {self.num_clusters:,}"
         )
@@ -154,8 +162,11 @@ def preview(
     }
     picked = select_layers(module, layers, layer_types)
     calls = trace(module, picked, example_input)
-    shapes = {call.name: call.shape for call in reversed(calls) if call.shape}
-    found = (_describe(name, layer, shapes.get(name), grouping, sizes) for name, layer in picked.items())
+    first = {name: Call(name, layer, None, "") for name, layer in picked.items()}
+    for call in calls:
+        if call.name in first and first[call.name].shape is None:
+            first[call.name] = call
+    found = (_describe(call, grouping, sizes) for call in first.values())
     return Preview(tuple(found), suggest_patterns(module, calls), tuple(suggest_stages(calls)))
 
 
@@ -180,19 +191,20 @@ def format_bytes(size: int) -> str:
     return f"{size / 1e3:,.1f} kB"
 
 
-def _describe(
-    name: str, layer: nn.Module, shape: Shape | None, grouping: Grouping, sizes: Mapping[str, Any]
-) -> LayerPreview:
+def _describe(call: Call, grouping: Grouping, sizes: Mapping[str, Any]) -> LayerPreview:
+    kind, shape = type(call.module).__name__, call.shape
     if shape is None:
-        return LayerPreview(name, type(layer).__name__, None)
+        return LayerPreview(call.name, kind, None, output_type=call.output_type)
     sketch = Sketch(shape, scope=grouping.scope, device=torch.device("meta"), **sizes)
     return LayerPreview(
-        name,
-        type(layer).__name__,
+        call.name,
+        kind,
         shape,
         problems=SCOPES[grouping.scope].problems(shape)[0],
         num_clusters=grouping.clusters_for(shape),
         sketch_bytes=sum(buffer.nbytes for buffer in sketch.buffers()),
+        output_type=call.output_type,
+        channels_last=call.has_channels_last,
     )
 
 

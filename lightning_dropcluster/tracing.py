@@ -23,6 +23,7 @@ class Call:
         name: of the module.
         module: itself.
         shape: (C, *spatial) of its output, ``None`` where that is no tensor.
+        output_type: name of the output's class.
         stage_channels: what `stage_ends` says of it, ``None`` where it is none of these.
         is_first: whether it is the first conv, or one beside it that works on the very same tensor.
     """
@@ -30,6 +31,7 @@ class Call:
     name: str
     module: nn.Module
     shape: Shape | None
+    output_type: str
     stage_channels: int | None = None
     is_first: bool = False
 
@@ -47,6 +49,11 @@ class Call:
     def gives_stage_maps(self) -> bool:
         """Whether it ends a stage with maps of more than one position, not with tokens or channels last."""
         return bool(self.shape) and self.shape[0] == self.stage_channels and prod(self.grid) > 1
+
+    @property
+    def has_channels_last(self) -> bool:
+        """Whether it ends a stage with tokens (tokens, C) or maps (H, W, C)."""
+        return bool(self.shape) and self.shape[0] != self.stage_channels == self.shape[-1]
 
     @property
     def is_conv(self) -> bool:
@@ -104,7 +111,7 @@ def trace(module: nn.Module, picked: Mapping[str, nn.Module], example_input: Any
         first = first or given
         is_first = bool(given) and given[0] is first[0]
         shape = tuple(output.shape[1:]) if isinstance(output, Tensor) and output.ndim > 1 else None
-        calls.append(Call(name, watched[name], shape, ends.get(name), is_first))
+        calls.append(Call(name, watched[name], shape, type(output).__name__, ends.get(name), is_first))
 
     with ExitStack() as stack:
         for name, layer in watched.items():

@@ -85,6 +85,20 @@ def test_modules_of_any_type_are_listed_among_the_convs(run):
     assert "3 layers" in out
 
 
+@pytest.mark.parametrize(
+    ("model", "pattern", "output"),
+    [
+        ("hrnet_w18_small", "stage2", "gives list, not one tensor"),
+        ("swin_tiny_patch4_window7_224", "layers.0", "56×56×96, channels last"),
+        ("vit_tiny_patch16_224", "blocks.0", "197×192, channels last"),
+        ("resnet18", "layer1", "64×56×56 "),
+    ],
+)
+def test_what_cannot_be_taken_for_maps_is_told(run, model, pattern, output):
+    out = run("layers", model, "--match", pattern, "--any-layer", columns=160)
+    assert re.search(rf"● +{pattern} +\w+ +{output}", out)
+
+
 def test_maps_of_one_cluster_have_a_note(run):
     model, note = "mobilenetv3_small_050", "each map is one cluster, so whole maps are dropped"
     small = ("layers", model, "--input=64", "--match", "blocks.4.0.conv_dw", "blocks.5.**")

@@ -117,6 +117,20 @@ def test_layers_that_eval_mode_leaves_out_are_named():
     assert found.sketch_bytes == 0
 
 
+def test_of_several_calls_the_first_that_gives_a_tensor_counts():
+    class Twice(nn.Sequential):
+        def forward(self, x):
+            return self[0](None), self[0](x), self[0](x[:, :1])
+
+    found = preview(Twice(nn.Identity()), "0", IMAGE, layer_types=nn.Identity)
+    assert [layer.shape for layer in found.layers] == [IMAGE]
+
+
+def test_an_output_without_channels_is_told():
+    found = preview(nn.Sequential(nn.Flatten(0)), "0", IMAGE, layer_types=nn.Flatten)
+    assert "gives a tensor without channels" in repr(found)
+
+
 def test_other_layers_than_convs():
     layers = preview(nn.Sequential(nn.Linear(4, 6), nn.ReLU()), "1", (4,), layer_types=nn.ReLU).layers
     assert [(layer.type, layer.shape) for layer in layers] == [("ReLU", (6,))]
