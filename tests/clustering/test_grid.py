@@ -135,5 +135,5 @@ def test_rena_takes_at_most_three_dimensions():
 @pytest.mark.parametrize(("kind", "module", "extra"), [(Ward, "sklearn", "ward"), (ReNA, "nilearn", "rena")])
 def test_a_missing_package_is_named_at_construction(monkeypatch, kind, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"lightning-dropcluster\[{extra}\]"):
+    with pytest.raises(ImportError, match=rf"pip install '\.\[{extra}\]'"):
         kind()
