@@ -145,6 +145,9 @@ def clustered(
         num_samples=32,
         sketch_dim=64,
         seed=0,
+        overlap_steps=0,
+        per_sample=True,
+        rescale="batch",
     )
     layers.attach(modules, device)
     layers.begin_step(0.0)

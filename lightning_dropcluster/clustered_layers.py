@@ -1,7 +1,7 @@
 """The layers a callback works on, from one step to the next: hooks, windows, labels."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
@@ -35,29 +35,34 @@ class ClusteredLayers:
     Args:
         grouping: how many clusters of what.
         clusterer: who clusters.
-        drop: makes a `ClusterDrop` with settings of its own.
         num_samples: samples per window, over all ranks.
         sketch_dim: columns of the sketches.
         sketch_momentum: see `ProfileMemory`.
         seed: of the sketches' signs.
         overlap_steps: see `Reclustering`.
+        per_sample: see `ClusterDrop`.
+        rescale: see `ClusterDrop`.
+        paired: see `ClusterDrop`.
     """
 
     def __init__(
         self,
         grouping: Grouping,
         clusterer: Clusterer,
-        drop: Callable[..., ClusterDrop] = ClusterDrop,
         *,
         num_samples: int,
         sketch_dim: int,
         sketch_momentum: float = 0.0,
         seed: int,
-        overlap_steps: int = 0,
+        overlap_steps: int,
+        per_sample: bool,
+        rescale: str,
+        paired: bool = False,
     ) -> None:
-        self.grouping, self.clusterer, self.drop = grouping, clusterer, drop
+        self.grouping, self.clusterer = grouping, clusterer
         self.num_samples, self.sketch_dim, self.seed = num_samples, sketch_dim, seed
         self.overlap_steps = overlap_steps
+        self.per_sample, self.rescale, self.paired = per_sample, rescale, paired
         self.memory = ProfileMemory(sketch_momentum)
         self.clusters: dict[str, Clusters] = {}
         self.seconds = 0.0
@@ -405,12 +410,14 @@ class ClusteredLayers:
         return Clusters(table, shape)
 
     def _make_drop(self, clusters: Clusters, *, sampling: bool = False) -> ClusterDrop:
-        drop = self.drop(
+        drop = ClusterDrop(
             clusters.table,
             0.0,
             num_clusters=max(self.grouping.clusters_for(clusters.shape), int(clusters.table.max()) + 1),
             per_map=self.scope.per_map,
-            **({"per_sample": True, "paired": False} if sampling else {}),
+            per_sample=self.per_sample or sampling,
+            rescale=self.rescale,
+            paired=self.paired and not sampling,
         )
         drop.shift = ranks.draw_shift()
         return drop

@@ -98,6 +98,9 @@ def make_step(model: nn.Module, *, gathers: bool) -> ClusteredLayers:
         num_samples=8,
         sketch_dim=8,
         seed=0,
+        overlap_steps=0,
+        per_sample=True,
+        rescale="batch",
     )
     layers.attach(select_layers(model, "layer*.*.conv2"), torch.device("cpu"))
     layers.open_window()

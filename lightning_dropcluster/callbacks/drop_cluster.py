@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -131,8 +130,8 @@ class DropCluster(LayerCallback):
         sketch_momentum = check_number("sketch_momentum", sketch_momentum, 0, 1, high_open=True)
         if clusterer is not None:
             check_clusterer(clusterer)
-        drop = partial(ClusterDrop, per_sample=per_sample, rescale=rescale, paired=paired)
-        drop(torch.zeros(1, 1).int())  # which checks its own settings, here as early as the others
+        # The module checks its own settings, here as early as the others.
+        ClusterDrop(torch.zeros(1, 1).int(), per_sample=per_sample, rescale=rescale, paired=paired)
         check_bool("log_pictures", log_pictures)
         overlap_steps = check_number("overlap_steps", overlap_steps, 0, integer=True)
         seed = check_number("seed", seed, 0, MAX_INT, integer=True)
@@ -147,12 +146,14 @@ class DropCluster(LayerCallback):
         self._layers = ClusteredLayers(
             grouping,
             clusterer if clusterer is not None else _default_clusterer(seed),
-            drop,
             num_samples=num_samples,
             sketch_dim=sketch_dim,
             sketch_momentum=sketch_momentum,
             seed=seed,
             overlap_steps=overlap_steps,
+            per_sample=per_sample,
+            rescale=rescale,
+            paired=paired,
         )
 
     # What there is to see
