@@ -12,21 +12,18 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
 from lightning_dropcluster import ranks
-from lightning_dropcluster.clustering import Clusterer, adjusted_rand_index
+from lightning_dropcluster.clustering import Clusterer
 from lightning_dropcluster.clustering.protocol import count_clusters
 from lightning_dropcluster.clusters import Clusters, check_channels, smallest_table
-from lightning_dropcluster.functional import cluster_sizes
 from lightning_dropcluster.injection import Injection, forget_compiled_code, silence_error
 from lightning_dropcluster.layer_hook import LayerHook
 from lightning_dropcluster.layers import CONV_LAYERS, find_layers
 from lightning_dropcluster.memory import ProfileMemory
 from lightning_dropcluster.reclustering import OnProgress, Reclustering, cluster_share
 from lightning_dropcluster.regularizers import ClusterDrop
+from lightning_dropcluster.reports import Report, make_report, remarks
 from lightning_dropcluster.scopes import SCOPES, Grouping, Scope, Shape
 from lightning_dropcluster.window import GatheringWindow
-
-Report = dict[str, float]
-"""What one reclustering of one layer did, ready to be logged."""
 
 
 class ClusteredLayers:
@@ -174,7 +171,6 @@ class ClusteredLayers:
             RuntimeError: where a layer has never run, or clustering failed on another rank.
             ValueError: where a layer has run with several numbers of channels.
         """
-        self.rest()
         self._check_calls()
         if self.reclustering is not None:
             self.reclustering.wait_steps -= 1
@@ -210,8 +206,7 @@ class ClusteredLayers:
         Returns:
             Their names, in order.
         """
-        layers = self._injection.layers
-        return [n for n, hook in self.hooks.items() if hook.shape is None and layers[n].training]
+        return self._injection.silent()
 
     def make_sampler(self, model: nn.Module, drop_prob: float) -> Injection:
         """Make hooks that drop the clusters in eval mode too, with a draw for each sample.
@@ -267,7 +262,7 @@ class ClusteredLayers:
         self.windows_opened = state["windows_opened"]
         self._is_owed = state["window"] is not None or state["reclustering"] is not None
         for name in self.hooks.keys() & state["shapes"].keys():
-            self.hooks[name].shape = tuple(state["shapes"][name])
+            self.hooks[name].shape, self.hooks[name].fired = tuple(state["shapes"][name]), True
         for name in self.hooks.keys() & self.clusters.keys():
             self._bind(name)
         if state["window"] is not None:
@@ -341,32 +336,12 @@ class ClusteredLayers:
     def _adopt(self, name: str, labels: Tensor, shape: Shape) -> Report:
         """Make labels (B, F) the layer's own."""
         counts = count_clusters(labels).cpu()
-        self._warn_of_fewer(name, counts, shape)
-        self._warn_of_whole_maps(name, shape)
-        old = self.clusters.get(name)
+        for remark in remarks(name, counts, shape, self.grouping):
+            self._warn_once(name, remark)
+        report = make_report(labels, counts, shape, self.clusters.get(name))
         self.clusters[name] = Clusters(smallest_table(labels.reshape(self.scope.label_shape(shape))), shape)
         self._bind(name)
-        sizes = cluster_sizes(labels, len(labels), int(counts.max()))
-        shares = sizes / labels.shape[1]
-        report = {
-            "num_clusters": counts.double().mean().item(),
-            "cluster_size": (labels.shape[1] / counts.double()).mean().item(),
-            "concentration": shares.square().sum(1).mean().item(),
-            "largest_share": shares.max().item(),
-        }
-        if old is not None and old.shape == shape:
-            report["agreement"] = adjusted_rand_index(labels, old.table.reshape(labels.shape))
         return report
-
-    def _warn_of_fewer(self, name: str, counts: Tensor, shape: Shape) -> None:
-        wanted = self.grouping.num_clusters or self.grouping.clusters_for(shape)
-        fewer = int((counts < wanted).sum())
-        if fewer:
-            self._warn_once(
-                name,
-                f"layer {name!r}: num_clusters={wanted} is lowered to the number of distinct "
-                f"profiles in {fewer} of {len(counts)} clusterings, to {int(counts.min())} at the least",
-            )
 
     def _warn_of_many_sizes(self) -> None:
         """A second window in a row that sizes have left behind: they do not just grow now and then."""
@@ -375,16 +350,6 @@ class ClusteredLayers:
             ranks.warn(
                 f"sizes of maps changed before num_samples={self.num_samples} samples of one size were "
                 "gathered, so there are no new clusters; lower num_samples, or train with fewer sizes"
-            )
-
-    def _warn_of_whole_maps(self, name: str, shape: Shape) -> None:
-        items = self.scope.problems(shape)[1]
-        if self.grouping.num_clusters is None and self.grouping.clusters_for(shape) == 1 < items:
-            self._warn_once(
-                name,
-                f"layer {name!r}: with outputs of shape {shape} and scope={self.scope.name!r} one cluster "
-                f"holds all {items} features, which are dropped at once; lower cluster_size, or choose "
-                "layers with larger maps",
             )
 
     def _warn_once(self, name: str, message: str) -> None:

@@ -417,9 +417,8 @@ def test_each_reclustering_is_logged_with_its_step(loader, tmp_path):
     seen, switched = [], []
 
     def look(trainer, module):
-        if (labels := callback.labels.get("model.conv1")) is not None and not any(
-            torch.equal(labels, old) for old in seen[-1:]
-        ):
+        labels = callback.labels.get("model.conv1")
+        if labels is not None and not (seen and torch.equal(labels, seen[-1])):
             seen.append(labels)
             switched.append(trainer.global_step - 1)
 
@@ -570,17 +569,9 @@ def test_a_state_loaded_by_hand_gives_the_clusters_and_a_schedule_from_the_begin
 
 def test_a_callback_that_another_one_calls(loader):
     callback, outer = make_callback(), pl.Callback()
-    hooks = (
-        "setup",
-        "fit_start",
-        "train_start",
-        "train_batch_start",
-        "train_batch_end",
-        "train_end",
-        "teardown",
-    )
-    for hook in [hooks[0], *(f"on_{hook}" for hook in hooks[1:-1]), hooks[-1]]:
-        setattr(outer, hook, getattr(callback, hook))
+    for moment in ("fit_start", "train_start", "train_batch_start", "train_batch_end", "train_end"):
+        setattr(outer, f"on_{moment}", getattr(callback, f"on_{moment}"))
+    outer.setup, outer.teardown = callback.setup, callback.teardown
     make_trainer(outer).fit(Classifier(), loader)
     assert callback.labels
 
@@ -772,8 +763,7 @@ def test_a_convs_own_output_is_overwritten_only_where_no_other_hook_sees_it(load
 
     class Watch(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            gathering = callback._layers.hooks["model.conv1"]
-            drop = gathering.regularizer
+            drop = callback._layers.hooks["model.conv1"].regularizer
             if drop is not None and callback.labels:
                 pointers.add(drop.inplace)
 

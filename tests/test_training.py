@@ -129,9 +129,9 @@ def test_precisions(loader, precision, dtype, likeness):
         callback = make_callback(num_samples=12, schedule="constant", every_n_epochs=0)
 
         def look(trainer, module, callback=callback, sketched=sketched):
-            for gathering in callback._layers.hooks.values():
-                if gathering.sketch is not None:
-                    sketched |= {b.dtype for b in gathering.sketch.buffers() if b.is_floating_point()}
+            for hook in callback._layers.hooks.values():
+                if hook.sketch is not None:
+                    sketched |= {b.dtype for b in hook.sketch.buffers() if b.is_floating_point()}
 
         accelerator = "gpu" if dtype is torch.float16 else "cpu"
         make_trainer(callback, At(look), precision=name, accelerator=accelerator).fit(module, loader)
@@ -563,9 +563,11 @@ def test_features_that_are_one_cluster_are_told():
         for options in ({"cluster_size": 4}, {"num_clusters": 1}, {"scope": "layer"}):
             fit(**options)
     with pytest.warns(
-        UserWarning, match=r"'model\.conv': .* \(8, 4, 4\) .* one cluster holds all 16 features"
+        UserWarning, match=r"'model\.conv': .* \(8, 4, 4\) .* one cluster holds all 16 features.* larger maps"
     ):
         fit()
+    with pytest.warns(UserWarning, match="one cluster holds all 8 features.* layers with more channels"):
+        fit(scope="channel")
 
 
 # Trainers that forbid things

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_dropcluster.callbacks.base import LayerCallback, is_trial, logger_step
 from lightning_dropcluster.checks import MAX_INT, check_bool, check_number
-from lightning_dropcluster.clustered_layers import ClusteredLayers, Report
+from lightning_dropcluster.clustered_layers import ClusteredLayers
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, TorchKMeans
 from lightning_dropcluster.clustering.protocol import check_clusterer
 from lightning_dropcluster.clusters import Clusters, read_initial_labels
@@ -21,6 +21,7 @@ from lightning_dropcluster.logged_pictures import PictureLog
 from lightning_dropcluster.progress import Progress
 from lightning_dropcluster.reclustering import try_clusterer
 from lightning_dropcluster.regularizers import ClusterDrop
+from lightning_dropcluster.reports import Report
 from lightning_dropcluster.schedules import make_schedule
 from lightning_dropcluster.scopes import SCOPES, Grouping
 from lightning_dropcluster.state import read_state
