@@ -171,6 +171,7 @@ class ClusteredLayers:
             RuntimeError: where a layer has never run, or clustering failed on another rank.
             ValueError: where a layer has run with several numbers of channels.
         """
+        self.rest()
         self._check_calls()
         if self.reclustering is not None:
             self.reclustering.wait_steps -= 1
