@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_dropcluster.functional.masking import Draw, draw_uniform
-
-_SLICE = 2**21  # features whose mask, 8 MiB of float32, stays in the cache
+from lightning_dropcluster.functional.packed_keep import look_up, multiply_packed, packing_pays
 
 
 def cluster_drop(
@@ -141,36 +140,25 @@ def _kept_ratio(keep: Tensor, sizes: Tensor, num_features: int) -> Tensor:
 
 def _multiply(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor, inplace: bool) -> Tensor:
     """Multiply by the looked-up table, in the order in which the activation lies in memory."""
-    table = (keep * scale).to(x.dtype)
     if torch.compiler.is_compiling():  # which plans order and memory itself
-        mask = _look_up(table, labels.long())
+        mask = look_up((keep * scale).to(x.dtype), labels.long())
         return x.mul_(mask) if inplace else x * mask
     out = x if inplace else torch.empty_like(x)  # no view: the model may write into what it is given
     if x.is_contiguous() or not x.movedim(1, -1).is_contiguous():
-        _multiply_into(out, x, labels.long(), table)
+        _multiply_into(out, x, labels.long(), keep, scale)
     else:
-        first = 0 if table.shape[1] == 1 else torch.arange(table.shape[1], device=x.device) * table.shape[2]
+        first = 0 if keep.shape[1] == 1 else torch.arange(keep.shape[1], device=x.device) * keep.shape[2]
         index = labels.movedim(0, -1).long() + first
-        _multiply_into(out.movedim(1, -1), x.movedim(1, -1), index, table.flatten(1)[:, None])
+        _multiply_into(out.movedim(1, -1), x.movedim(1, -1), index, keep.flatten(1)[:, None], scale)
     return out
 
 
-def _multiply_into(out: Tensor, x: Tensor, index: Tensor, table: Tensor) -> None:
-    """Multiply x (N, R, ...) by table (N or 1, R or 1, K) at index (R or 1, ...)."""
-    if x.device.type != "cpu":
-        torch.mul(x, _look_up(table, index), out=out)
-        return
-    # A few samples at a time: their mask stays in the cache.
-    samples = max(1, _SLICE // max(1, index.numel())) if len(table) > 1 else max(1, len(x))
-    for part, rows, target in zip(x.split(samples), table.split(samples), out.split(samples), strict=True):
-        torch.mul(part, _look_up(rows, index), out=target)
-
-
-def _look_up(table: Tensor, index: Tensor) -> Tensor:
-    """Spread a table (N, R or 1, K) by an index (R, ...) to a mask (N, R, ...)."""
-    rows = index.reshape(len(index), -1).expand(len(table), -1, -1)
-    mask = table.expand(-1, len(index), -1).gather(2, rows)
-    return mask.reshape(len(table), *index.shape)
+def _multiply_into(out: Tensor, x: Tensor, index: Tensor, keep: Tensor, scale: Tensor) -> None:
+    """Multiply x (N, R, ...) by keep (N or 1, R or 1, K) at index (R or 1, ...) and by the scale."""
+    if packing_pays(x, index, keep):
+        multiply_packed(out, x, index, keep, scale.to(x.dtype))
+    else:
+        torch.mul(x, look_up((keep * scale).to(x.dtype), index), out=out)
 
 
 class _ClusterDrop(torch.autograd.Function):
