@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else idle threads spin, very slow on busy cores
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from random import Random
 from statistics import median, quantiles
 from typing import Any
 
@@ -96,7 +94,7 @@ def peers() -> dict[str, Callable[[], nn.Module]]:
 def time_alternating(cases: dict[str, Step], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Run the cases in turn, so that what slows the machine slows all of them alike.
 
-    Each turn begins with another case, as what a case leaves in the caches serves the next.
+    Each turn has another order, since what a case leaves in the caches and in freed memory serves the next.
 
     Args:
         cases: name to what is timed.
@@ -108,8 +106,7 @@ def time_alternating(cases: dict[str, Step], repeats: int, device: torch.device)
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for run in range(repeats + 2):
-        names = list(cases)
-        for name in names[run % len(names) :] + names[: run % len(names)]:
+        for name in Random(run).sample(list(cases), len(cases)):
             _, took = clock(cases[name], device)
             if run >= 2:
                 seconds[name].append(took.seconds)
@@ -131,6 +128,8 @@ def report(
             "ratio": round(median(runs) / median(seconds[base]), 4),
             "base": base,
             "repeats": len(runs),
+            # A passive thread is slow to wake, which costs most where operations are many and small.
+            "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
             **provenance(device),
         }
 
