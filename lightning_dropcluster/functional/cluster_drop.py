@@ -35,14 +35,17 @@ def cluster_drop(
             are resized by nearest neighbour.
         keep: which clusters stay, bool (N or 1, G, K). G is C where each map has clusters of its own, and 1
             where one set of clusters serves the whole layer.
-        scale: factor for what is kept; ``None`` for (number of features) / (number kept), counted over the
-            batch.
+        scale: factor for what is kept, a number or a 0-d tensor; ``None`` for (number of features) / (number
+            kept), counted over the batch.
         sizes: features per cluster (G, K), integers or float32, to save counting them with `cluster_sizes`.
         inplace: whether ``x`` itself may be overwritten; only where nobody else needs its values.
 
     Returns:
         ``x`` itself, or a tensor like it: same shape, dtype, device and memory format. Where everything is
         dropped it is zero, never NaN, if ``x`` is finite.
+
+    Raises:
+        ValueError: where ``scale`` is a tensor with dimensions.
 
     Example:
         >>> x, labels = torch.ones(1, 1, 4), torch.tensor([[0, 0, 1, 1]])
@@ -56,6 +59,8 @@ def cluster_drop(
         scale = _kept_ratio(keep, sizes, resized.numel())
     elif not isinstance(scale, Tensor):
         scale = torch.tensor(scale, dtype=torch.float32, device=x.device)
+    elif scale.ndim:
+        raise ValueError(f"scale of shape {tuple(scale.shape)}: must be a number or a 0-d tensor")
     return _ClusterDrop.apply(x, resized, keep, scale, inplace)  # pyright: ignore[reportReturnType]
 
 

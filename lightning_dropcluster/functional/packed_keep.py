@@ -19,7 +19,7 @@ def packing_pays(x: Tensor, index: Tensor, keep: Tensor) -> bool:
         keep: bool (N or 1, R or 1, K).
 
     Returns:
-        True on a CPU, where each sample has a draw and each feature a label of its own and there are many.
+        True on a CPU for a large activation, with a draw for each sample and a label for each feature.
     """
     drawn_apart = len(keep) > 1 and index.shape == x.shape[1:]
     return x.device.type == "cpu" and drawn_apart and x.numel() >= _LARGE
@@ -33,7 +33,7 @@ def multiply_packed(out: Tensor, x: Tensor, index: Tensor, keep: Tensor, scale: 
     masks of words.
 
     Args:
-        out: where to write, like ``x``; it may be ``x``.
+        out: where to write (N, R, ...), of the type of ``x``; it may be ``x``.
         x: (N, R, ...), floating point.
         index: integers in [0, K), of the shape of one sample.
         keep: bool (N, R or 1, K).

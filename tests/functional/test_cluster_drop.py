@@ -98,6 +98,11 @@ def test_every_scope_takes_its_own_table_shape(scope, spatial):
     torch.testing.assert_close(cluster_drop(x, labels, keep), cluster_drop(x, full, keep))
 
 
+def test_refuses_a_scale_with_dimensions():
+    with pytest.raises(ValueError, match=r"scale of shape \(3, 1, 1\): must be a number or a 0-d tensor"):
+        cluster_drop(*make_problem(), scale=torch.ones(3, 1, 1))
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)])
 def test_takes_activations_without_features(shape):
     labels, keep = torch.zeros(shape[1:], dtype=torch.uint8), draw_keep_table((shape[0], 3, 2), 0.5)
