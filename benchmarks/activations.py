@@ -14,7 +14,7 @@ from data import DataName, ImageDataModule, load
 from models import build_model
 from torch import Generator, Tensor, nn
 
-from lightning_dropcluster.sketch import Sketch
+from lightning_dropcluster.learning.sketch import Sketch
 
 BATCH = 64
 LAYERS = ("conv1", "layer1.0.conv1", "layer2.0.conv2")

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lightning_dropcluster.clustering import FaissKMeans, TorchKMeans, Ward
 from lightning_dropcluster.clustering.protocol import Clusterer
-from lightning_dropcluster.reclustering import cluster_share
-from lightning_dropcluster.scopes import Grouping
-from lightning_dropcluster.sketch import Sketch
+from lightning_dropcluster.learning.reclustering import cluster_share
+from lightning_dropcluster.learning.scopes import Grouping
+from lightning_dropcluster.learning.sketch import Sketch
 
 SKLEARN = "scikit-learn KMeans, exact profiles"
 MAX_ITER = FaissKMeans().max_iter

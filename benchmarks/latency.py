@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.profiler import profile
 
 from lightning_dropcluster import ClusterDrop, FaissKMeans, select_layers
-from lightning_dropcluster.clustered_layers import ClusteredLayers
-from lightning_dropcluster.injection import Injection
-from lightning_dropcluster.scopes import Grouping
-from lightning_dropcluster.sketch import Sketch
+from lightning_dropcluster.layers.injection import Injection
+from lightning_dropcluster.learning.learner import ClusteredLayers
+from lightning_dropcluster.learning.scopes import Grouping
+from lightning_dropcluster.learning.sketch import Sketch
 
 MODELS = (
     ("resnet50", "layer*.*.conv2"),

@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_dropcluster import select_layers
-from lightning_dropcluster.sketch import Sketch
+from lightning_dropcluster.learning.sketch import Sketch
 
 GOAL = 0.05
 SAMPLES = (256, 1024, 4096, 16384)

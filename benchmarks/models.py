@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from lightning_dropcluster.layers import count_channels
+from lightning_dropcluster.layers.selection import count_channels
 
 SMALL_RESNET: tuple[str, dict[str, Any]] = (
     "resnet18",

@@ -23,7 +23,7 @@ from stall import stall_records
 from timing import Took, clock, usual_device
 
 from lightning_dropcluster.clustering import FaissKMeans, adjusted_rand_index
-from lightning_dropcluster.sketch import Sketch
+from lightning_dropcluster.learning.sketch import Sketch
 
 MOST_WORK = 2**26  # maps x features of a map squared at most, so that no peer takes minutes
 RESNET50 = ((64, 56, 3), (128, 28, 4), (256, 14, 6), (512, 7, 3))  # conv2 at 224 px: channels, side, layers

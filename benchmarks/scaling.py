@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from lightning_dropcluster.clustering import FaissKMeans
-from lightning_dropcluster.reclustering import cluster_share
-from lightning_dropcluster.scopes import Grouping
-from lightning_dropcluster.sketch import Sketch
+from lightning_dropcluster.learning.reclustering import cluster_share
+from lightning_dropcluster.learning.scopes import Grouping
+from lightning_dropcluster.learning.sketch import Sketch
 
 
 @dataclass(frozen=True)

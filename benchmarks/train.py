@@ -23,7 +23,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from variants import variant
 
 from lightning_dropcluster import DropCluster, RBlock
-from lightning_dropcluster.regularizers import Regularizer
+from lightning_dropcluster.methods import Regularizer
 from lightning_dropcluster.visualization import plot_clusters
 
 

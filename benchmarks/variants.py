@@ -10,11 +10,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from lightning_dropcluster import clustered_layers, window
 from lightning_dropcluster.functional import cluster_drop
-from lightning_dropcluster.functional.masking import draw_uniform
-from lightning_dropcluster.regularizers import ClusterDrop
-from lightning_dropcluster.sketch import Sketch
+from lightning_dropcluster.learning import learner, window
+from lightning_dropcluster.learning.sketch import Sketch
+from lightning_dropcluster.methods import ClusterDrop
+from lightning_dropcluster.methods.masking import draw_uniform
 
 VariantName = Literal["none", "values", "noise", "other-image", "salience"]
 
@@ -82,9 +82,9 @@ class BySalience(ClusterDrop):
 
 _PARTS = {
     "values": (window, "Sketch", ValueSketch),
-    "noise": (clustered_layers, "ClusterDrop", Noise),
-    "other-image": (clustered_layers, "ClusterDrop", OtherImage),
-    "salience": (clustered_layers, "ClusterDrop", BySalience),
+    "noise": (learner, "ClusterDrop", Noise),
+    "other-image": (learner, "ClusterDrop", OtherImage),
+    "salience": (learner, "ClusterDrop", BySalience),
 }
 
 

@@ -4,10 +4,9 @@ from importlib.metadata import version
 
 from lightning_dropcluster.callbacks import DropCluster, StructuredDropout
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, ReNA, TorchKMeans, Ward
+from lightning_dropcluster.inspection import preview
 from lightning_dropcluster.layers import select_layers
-from lightning_dropcluster.preview import preview
-from lightning_dropcluster.r_block import RBlock
-from lightning_dropcluster.regularizers import (
+from lightning_dropcluster.methods import (
     REGULARIZERS,
     AdvancedDropout,
     ChannelCorrDrop,
@@ -17,6 +16,7 @@ from lightning_dropcluster.regularizers import (
     Dropout,
     DropRegularizer,
     ProbDropBlock,
+    RBlock,
     Regularizer,
     SpatialDropout,
 )

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_dropcluster import DropCluster
-from lightning_dropcluster.layer_hook import LayerHook
+from lightning_dropcluster.layers.hooks import LayerHook
 
 # Forked from a server that has imported the slow modules and started no thread.
 _FORKS = multiprocessing.get_context("forkserver")

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 
 from lightning_dropcluster import DropCluster, ranks
 from lightning_dropcluster.clustering import FaissKMeans, adjusted_rand_index
-from lightning_dropcluster.sketch import Sketch
+from lightning_dropcluster.learning.sketch import Sketch
 
 LAYERS = "layer[12].*.conv2"  # of 8 maps each
 

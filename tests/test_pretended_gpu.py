@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_dropcluster import REGULARIZERS
-from lightning_dropcluster.clustered_layers import ClusteredLayers
 from lightning_dropcluster.clustering import FaissKMeans, torch_kmeans
-from lightning_dropcluster.layers import select_layers
-from lightning_dropcluster.scopes import SCOPES, Grouping
-from lightning_dropcluster.sketch import Sketch
+from lightning_dropcluster.layers.selection import select_layers
+from lightning_dropcluster.learning.learner import ClusteredLayers
+from lightning_dropcluster.learning.scopes import SCOPES, Grouping
+from lightning_dropcluster.learning.sketch import Sketch
 
 SHAPE = (4, 6, 8)
 OPTIONS = {

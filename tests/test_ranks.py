@@ -11,11 +11,11 @@ from torch.multiprocessing import spawn
 
 from lightning_dropcluster import ranks
 from lightning_dropcluster.clustering import FaissKMeans
-from lightning_dropcluster.layer_hook import LayerHook
-from lightning_dropcluster.reclustering import Reclustering, cluster_share
-from lightning_dropcluster.scopes import SCOPES, Grouping
-from lightning_dropcluster.sketch import Sketch
-from lightning_dropcluster.window import GatheringWindow
+from lightning_dropcluster.layers.hooks import LayerHook
+from lightning_dropcluster.learning.reclustering import Reclustering, cluster_share
+from lightning_dropcluster.learning.scopes import SCOPES, Grouping
+from lightning_dropcluster.learning.sketch import Sketch
+from lightning_dropcluster.learning.window import GatheringWindow
 
 CPU = torch.device("cpu")
 SHAPE = (3, 4, 5)

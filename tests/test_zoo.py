@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dropcluster import DropCluster
-from lightning_dropcluster.layers import select_layers
+from lightning_dropcluster.layers.selection import select_layers
 
 
 def every_downsample(name: str, module: nn.Module) -> bool:

@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from lightning_dropcluster import ranks
-from lightning_dropcluster.injection import silence_error
-from lightning_dropcluster.layers import Layers, LayerTypes, check_layer_types, check_patterns, select_layers
-from lightning_dropcluster.progress import Progress, TrainingPosition
+from lightning_dropcluster.callbacks.schedule import Schedule, TrainingPosition
+from lightning_dropcluster.layers.injection import unused_layers_error
+from lightning_dropcluster.layers.selection import (
+    Layers,
+    LayerTypes,
+    check_layer_types,
+    check_patterns,
+    select_layers,
+)
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule, Trainer
@@ -40,7 +46,7 @@ class LayerCallback(_Base):
     Args:
         layers: which layers, see `select_layers`.
         layer_types: the module types that patterns may pick; conv layers where it is ``None``.
-        progress: from the trainer's counters to the part of drop_prob in use.
+        schedule: from the trainer's counters to the part of drop_prob in use.
 
     Raises:
         TypeError: where a pattern or a layer type is none.
@@ -54,13 +60,13 @@ class LayerCallback(_Base):
         self,
         layers: Layers,
         layer_types: LayerTypes | None,
-        progress: Progress,
+        schedule: Schedule,
     ) -> None:
         super().__init__()
         check_patterns(layers)
         check_layer_types(layer_types)
         self.layers, self.layer_types = layers, layer_types
-        self._progress = progress
+        self._schedule = schedule
         self._hooked: dict[str, nn.Module] = {}
         self._drop_prob_now = 0.0
         self._loaded: dict[str, Any] | None = None
@@ -100,7 +106,7 @@ class LayerCallback(_Base):
             self._warn(f"the checkpoint has no state of this callback ({self.state_key}); it starts afresh")
         self._was_loaded = False
         is_one_epoch = trainer.max_epochs == 1 and trainer.max_steps == -1
-        if is_one_epoch and math.isinf(trainer.num_training_batches) and self._progress.follows_length:
+        if is_one_epoch and math.isinf(trainer.num_training_batches) and self._schedule.follows_length:
             self._warn(
                 "max_epochs=1 with data of unknown length: how far training is cannot be told, so the "
                 "schedule stays at its beginning; set max_steps or limit_train_batches in the Trainer"
@@ -110,10 +116,10 @@ class LayerCallback(_Base):
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Set the drop probability of the step."""
-        share, is_due = self._progress.advance(_position(trainer, batch_idx))
+        share, is_due = self._schedule.advance(_position(trainer, batch_idx))
         if _only_updates_statistics(trainer):
             share, is_due = 0.0, False
-        if is_due or (self._progress.has_begun and batch_idx == 0):
+        if is_due or (self._schedule.has_begun and batch_idx == 0):
             self._warn_of_idle_layers(pl_module)
         self._drop_prob_now = self._begin_step(share, is_due)
         if not (trainer.barebones or math.isnan(self._drop_prob_now)):
@@ -123,26 +129,26 @@ class LayerCallback(_Base):
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Fail where a layer of a new training has not run in a whole epoch; before the start, warn."""
-        self._layers.rest()
+        self._layers.pause()
         self._saw_first_batch |= batch_idx == 0
         if not (self._is_fresh and self._saw_first_batch and trainer.is_last_batch):
             return
-        error = silence_error(self._layers.silent())
-        if self._progress.has_begun:
+        error = unused_layers_error(self._layers.never_ran())
+        if self._schedule.has_begun:
             ranks.raise_together(error, pl_module.device)
         elif error is not None:
             self._warn(str(error))
 
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Drop nothing where the last batch was skipped, and so never ended."""
-        self._layers.rest()
+        self._layers.pause()
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Say so where the start was never reached."""
-        progress = self._progress
-        if not (progress.has_begun or progress.is_late or is_trial(trainer)):
+        schedule = self._schedule
+        if not (schedule.has_begun or schedule.is_late or is_trial(trainer)):
             self._warn(
-                f"start={progress.start!r} was not reached before training ended, so nothing was dropped"
+                f"start={schedule.start!r} was not reached before training ended, so nothing was dropped"
             )
 
     def on_exception(
@@ -178,7 +184,7 @@ class LayerCallback(_Base):
         """
         if self._loaded is not None and not self._hooked:
             return self._loaded
-        return {"progress": self._progress.state_dict(), **self._state()}
+        return {"progress": self._schedule.state_dict(), **self._state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state; where the layers are not hooked yet, as soon as they are.
@@ -201,7 +207,7 @@ class LayerCallback(_Base):
     def _apply_loaded(self) -> None:
         if self._loaded is not None:
             state, self._loaded = self._loaded, None
-            self._progress.load_state_dict(state["progress"])
+            self._schedule.load_state_dict(state["progress"])
             self._load(state)
 
     def _key(self, **settings: Any) -> str:
@@ -218,7 +224,7 @@ class LayerCallback(_Base):
 
     def _reset(self) -> None:
         """Go back to before the start."""
-        self._progress.reset()
+        self._schedule.reset()
 
     def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Hook ``self._hooked``; forget an earlier training where a new one begins."""
@@ -270,10 +276,10 @@ class LayerCallback(_Base):
         return every[: every.index(self)] if self in every else every
 
     def _check_start(self, trainer: "Trainer") -> None:
-        self._progress.check(trainer.max_epochs, trainer.max_steps)
-        if self._progress.is_late and not is_trial(trainer):
+        self._schedule.check(trainer.max_epochs, trainer.max_steps)
+        if self._schedule.is_late and not is_trial(trainer):
             self._warn(
-                f"start={self._progress.start!r}: training ends after max_epochs={trainer.max_epochs}, so "
+                f"start={self._schedule.start!r}: training ends after max_epochs={trainer.max_epochs}, so "
                 "nothing will be dropped"
             )
 

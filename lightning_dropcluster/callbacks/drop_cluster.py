@@ -10,22 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropcluster.callbacks.base import LayerCallback, is_trial, logger_step
+from lightning_dropcluster.callbacks.progress_bar import WaitingLine
+from lightning_dropcluster.callbacks.ramps import make_ramp
+from lightning_dropcluster.callbacks.schedule import Schedule
 from lightning_dropcluster.checks import MAX_INT, check_bool, check_number
-from lightning_dropcluster.clustered_layers import ClusteredLayers
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, TorchKMeans
 from lightning_dropcluster.clustering.protocol import check_clusterer
-from lightning_dropcluster.clusters import Clusters, read_initial_labels
-from lightning_dropcluster.injection import silence_error
-from lightning_dropcluster.layers import Layers, LayerTypes
-from lightning_dropcluster.logged_pictures import PictureLog
-from lightning_dropcluster.progress import Progress
-from lightning_dropcluster.reclustering import try_clusterer
-from lightning_dropcluster.regularizers import ClusterDrop
-from lightning_dropcluster.reports import Report
-from lightning_dropcluster.schedules import make_schedule
-from lightning_dropcluster.scopes import SCOPES, Grouping
-from lightning_dropcluster.state import read_state
-from lightning_dropcluster.waiting import WaitingLine
+from lightning_dropcluster.layers.injection import unused_layers_error
+from lightning_dropcluster.layers.selection import Layers, LayerTypes
+from lightning_dropcluster.learning.clusters import Clusters, read_initial_labels
+from lightning_dropcluster.learning.learner import ClusteredLayers
+from lightning_dropcluster.learning.reclustering import try_clusterer
+from lightning_dropcluster.learning.reports import Report
+from lightning_dropcluster.learning.scopes import SCOPES, Grouping
+from lightning_dropcluster.learning.state import read_state
+from lightning_dropcluster.methods import ClusterDrop
+from lightning_dropcluster.visualization.logged import PictureLog
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -137,8 +137,8 @@ class DropCluster(LayerCallback):
         overlap_steps = check_number("overlap_steps", overlap_steps, 0, integer=True)
         seed = check_number("seed", seed, 0, MAX_INT, integer=True)
 
-        progress = Progress(start, make_schedule(schedule), every_n_epochs, every_n_train_steps)
-        super().__init__(layers, layer_types, progress)
+        when = Schedule(start, make_ramp(schedule), every_n_epochs, every_n_train_steps)
+        super().__init__(layers, layer_types, when)
         self.drop_prob, self.scope = drop_prob, scope
         self._pictures = PictureLog(scope) if log_pictures else None
         self._first_clusters: dict[str, Clusters] = {}
@@ -184,7 +184,7 @@ class DropCluster(LayerCallback):
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Learn clusters at once where training goes on after the start with layers that have none."""
         super().on_train_start(trainer, pl_module)
-        if self._progress.has_begun:
+        if self._schedule.has_begun:
             self._layers.open_missed_window()
 
     def on_train_batch_end(
@@ -219,7 +219,7 @@ class DropCluster(LayerCallback):
             self._loaded = None
             first = {name: c for name, c in self._first_clusters.items() if name in self._hooked}
             self._layers.reset(first)
-            self._progress.reset(has_labels=len(first) == len(self._hooked))
+            self._schedule.reset(has_labels=len(first) == len(self._hooked))
         self._layers.attach(self._hooked, pl_module.device)
         if trainer.is_global_zero:
             self._layers.waiting = WaitingLine(trainer.progress_bar_callback)
@@ -296,10 +296,10 @@ class DropCluster(LayerCallback):
             )
 
     def _warn_of_no_clusters(self) -> None:
-        if self._layers.clusters or not self._progress.has_begun:
+        if self._layers.clusters or not self._schedule.has_begun:
             return
         what, window = "no clusters were made and nothing was dropped", self._layers.window
-        if (error := silence_error(self._layers.silent())) is not None:
+        if (error := unused_layers_error(self._layers.never_ran())) is not None:
             what = f"{what}: {error}"
         elif window is not None:
             reason = (

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_dropcluster.callbacks.base import LayerCallback
+from lightning_dropcluster.callbacks.ramps import constant, make_ramp
+from lightning_dropcluster.callbacks.schedule import Schedule
 from lightning_dropcluster.checks import check_choice, check_number
-from lightning_dropcluster.layers import Layers, LayerTypes, select_layers
-from lightning_dropcluster.progress import Progress
-from lightning_dropcluster.regularized_layers import RegularizedLayers, unregister
-from lightning_dropcluster.regularizers import REGULARIZERS
-from lightning_dropcluster.regularizers.making import check_setting
-from lightning_dropcluster.schedules import constant, make_schedule
-from lightning_dropcluster.state import check_regularizers
+from lightning_dropcluster.layers.selection import Layers, LayerTypes, select_layers
+from lightning_dropcluster.learning.state import check_regularizers
+from lightning_dropcluster.methods import REGULARIZERS
+from lightning_dropcluster.methods.factory import check_setting
+from lightning_dropcluster.methods.regularized import RegularizedLayers, unregister
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -80,8 +80,8 @@ class StructuredDropout(LayerCallback):
         if drop_prob is not None:
             drop_prob = check_number("drop_prob", drop_prob, 0, 1, high_open=True)
         source = REGULARIZERS[regularizer] if isinstance(regularizer, str) else regularizer
-        ramp = make_schedule("linear" if schedule is None else schedule)
-        super().__init__(layers, layer_types, Progress(start, ramp, every_n_epochs=0))
+        ramp = make_ramp("linear" if schedule is None else schedule)
+        super().__init__(layers, layer_types, Schedule(start, ramp, every_n_epochs=0))
         self.regularizer, self.drop_prob, self.schedule = regularizer, drop_prob, schedule
         if isinstance(source, nn.Module | type):
             self._check_settings(source)
@@ -117,8 +117,8 @@ class StructuredDropout(LayerCallback):
         self._layers.attach(self._hooked, pl_module.device)
         for regularizer in self._layers.regularizers.values():
             self._check_settings(regularizer)
-        if not self._layers.are_steered:
-            self._progress.schedule = constant
+        if not self._layers.have_drop_prob:
+            self._schedule.ramp = constant
 
     def _begin_step(self, share: float, is_due: bool) -> float:
         return self._layers.begin_step(share)

@@ -1,8 +1,8 @@
 """Clusterers: from response profiles to labels."""
 
 from lightning_dropcluster.clustering.agreement import adjusted_rand_index
+from lightning_dropcluster.clustering.connected import ReNA, Ward
 from lightning_dropcluster.clustering.faiss_kmeans import FaissKMeans
-from lightning_dropcluster.clustering.grid import ReNA, Ward
 from lightning_dropcluster.clustering.protocol import Clusterer
 from lightning_dropcluster.clustering.torch_kmeans import TorchKMeans
 

@@ -32,7 +32,7 @@ class Clusterer(Protocol):
 
         Returns:
             Integer labels (B, F) in [0, K) on any device. Labels of dead features do not matter and clusters
-            may be empty: `settle` sees to both.
+            may be empty: `canonicalize` sees to both.
         """
         ...
 
@@ -66,7 +66,7 @@ def _takes_problems(fit: Callable[..., object]) -> bool:
     return True
 
 
-def settle(
+def canonicalize(
     labels: Tensor, profiles: Tensor, num_clusters: int, grid: tuple[int, ...] | None = None
 ) -> Tensor:
     """Check a clusterer's labels and bring them into the form that the rest relies on.
@@ -116,7 +116,7 @@ def count_clusters(labels: Tensor) -> Tensor:
     """Count the clusters of settled labels.
 
     Args:
-        labels: (B, F) as `settle` returns them.
+        labels: (B, F) as `canonicalize` returns them.
 
     Returns:
         (B,) int64.

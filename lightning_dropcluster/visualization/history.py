@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dropcluster.checks import check_choice, check_number
-from lightning_dropcluster.scopes import SCOPES
+from lightning_dropcluster.learning.scopes import SCOPES
 from lightning_dropcluster.visualization.colors import neighbor_colors
 from lightning_dropcluster.visualization.maps import plot_clusters
 from lightning_dropcluster.visualization.panels import (

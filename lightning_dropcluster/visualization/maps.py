@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_dropcluster.checks import check_choice, check_number
-from lightning_dropcluster.scopes import SCOPES
+from lightning_dropcluster.learning.scopes import SCOPES
 from lightning_dropcluster.visualization.colors import neighbor_colors
 from lightning_dropcluster.visualization.panels import (
     agreement,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_dropcluster.checks import check_integers
 from lightning_dropcluster.clustering.agreement import adjusted_rand_index
-from lightning_dropcluster.scopes import SCOPES
+from lightning_dropcluster.learning.scopes import SCOPES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,15 +4,15 @@ import pytest
 import torch
 from variants import MOST, BySalience, Noise, OtherImage, ValueSketch, VariantName, variant
 
-from lightning_dropcluster import clustered_layers, window
-from lightning_dropcluster.regularizers import ClusterDrop
-from lightning_dropcluster.sketch import Sketch
+from lightning_dropcluster.learning import learner, window
+from lightning_dropcluster.learning.sketch import Sketch
+from lightning_dropcluster.methods import ClusterDrop
 
 HALVES = torch.tensor([[0] * 50 + [1] * 50])
 
 
 def parts():
-    return window.Sketch, clustered_layers.ClusterDrop
+    return window.Sketch, learner.ClusterDrop
 
 
 @pytest.mark.parametrize("name", get_args(VariantName))

@@ -7,8 +7,8 @@ from sklearn.metrics import adjusted_rand_score
 from torch.nn import functional as F
 
 from lightning_dropcluster.clustering import FaissKMeans, TorchKMeans, adjusted_rand_index, faiss_kmeans
-from lightning_dropcluster.clustering.protocol import append_positions, count_clusters, settle
-from lightning_dropcluster.sketch import Sketch
+from lightning_dropcluster.clustering.protocol import append_positions, canonicalize, count_clusters
+from lightning_dropcluster.learning.sketch import Sketch
 
 HAS_GPU = torch.cuda.is_available() and faiss_kmeans.faiss.get_num_gpus() > 0
 CUDA = pytest.param(
@@ -41,7 +41,7 @@ def fit(clusterer, profiles, num_clusters, device="cpu", old=None):
     profiles = profiles.to(device)
     labels = clusterer.fit(profiles, num_clusters, init_labels=old)
     assert (labels.shape, labels.device) == (profiles.shape[:2], profiles.device)
-    return settle(labels, profiles, num_clusters).cpu()
+    return canonicalize(labels, profiles, num_clusters).cpu()
 
 
 def scramble(labels, share, num_clusters):

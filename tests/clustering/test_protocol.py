@@ -10,10 +10,10 @@ from scipy.ndimage import label as connected_parts
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, ReNA, TorchKMeans, Ward
 from lightning_dropcluster.clustering.protocol import (
     append_positions,
+    canonicalize,
     count_clusters,
     grid_positions,
     nearest_alive,
-    settle,
 )
 
 
@@ -33,7 +33,7 @@ def test_settled_labels_leave_no_gap_and_keep_what_lives_apart(problems, items, 
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(clusters, (problems, items), generator=generator)
     alive = torch.rand(problems, items, generator=generator) >= death
-    settled = settle(labels, make_profiles(alive.tolist()), clusters)
+    settled = canonicalize(labels, make_profiles(alive.tolist()), clusters)
     for now, before, living in zip(settled, labels, alive, strict=True):
         assert now.unique().tolist() == list(range(len(before[living].unique()) or 1))
         together = before[living][:, None] == before[living]
@@ -42,14 +42,14 @@ def test_settled_labels_leave_no_gap_and_keep_what_lives_apart(problems, items, 
 
 def test_closing_gaps_keeps_the_order():
     labels = torch.tensor([[5, 2, 5, 0], [1, 1, 3, 4]])
-    settled = settle(labels, torch.ones(2, 4, 3), 6)
+    settled = canonicalize(labels, torch.ones(2, 4, 3), 6)
     assert settled.tolist() == [[2, 1, 2, 0], [0, 0, 1, 2]]
     assert count_clusters(settled).tolist() == [3, 3]
 
 
 def test_sound_labels_pass_through_as_int64():
     labels = torch.tensor([[2, 0, 1, 1]], dtype=torch.uint8)
-    settled = settle(labels, torch.ones(1, 4, 3), 3)
+    settled = canonicalize(labels, torch.ones(1, 4, 3), 3)
     assert settled.tolist() == labels.tolist()
     assert settled.dtype == torch.int64
 
@@ -57,14 +57,14 @@ def test_sound_labels_pass_through_as_int64():
 def test_dead_items_join_the_nearest_live_one_on_the_grid():
     alive = [[1, 0, 0, 0, 0, 1]]
     labels = torch.tensor([[0, 2, 2, 2, 2, 1]])
-    assert settle(labels, make_profiles(alive), 3, (6,)).tolist() == [[0, 0, 0, 1, 1, 1]]
-    assert settle(labels, make_profiles(alive), 3, (2, 3)).tolist() == [[0, 0, 1, 0, 1, 1]]
-    assert settle(labels, make_profiles(alive), 3).tolist() == [[0, 0, 0, 1, 1, 1]]
+    assert canonicalize(labels, make_profiles(alive), 3, (6,)).tolist() == [[0, 0, 0, 1, 1, 1]]
+    assert canonicalize(labels, make_profiles(alive), 3, (2, 3)).tolist() == [[0, 0, 1, 0, 1, 1]]
+    assert canonicalize(labels, make_profiles(alive), 3).tolist() == [[0, 0, 0, 1, 1, 1]]
 
 
 def test_where_nothing_lives_all_share_one_cluster():
     labels = torch.tensor([[0, 1, 2], [0, 1, 2]])
-    assert settle(labels, make_profiles([[0, 0, 0], [1, 1, 1]]), 3).tolist() == [[0, 0, 0], [0, 1, 2]]
+    assert canonicalize(labels, make_profiles([[0, 0, 0], [1, 1, 1]]), 3).tolist() == [[0, 0, 0], [0, 1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_where_nothing_lives_all_share_one_cluster():
 )
 def test_labels_that_are_no_integers_raise(labels, message):
     with pytest.raises(TypeError, match=message):
-        settle(labels, torch.ones(2, 3, 4), 3)
+        canonicalize(labels, torch.ones(2, 3, 4), 3)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_labels_that_are_no_integers_raise(labels, message):
 )
 def test_labels_of_another_shape_or_range_raise(labels, message):
     with pytest.raises(ValueError, match=message):
-        settle(labels.long(), torch.ones(2, 3, 4), 3)
+        canonicalize(labels.long(), torch.ones(2, 3, 4), 3)
 
 
 @pytest.mark.parametrize("grid", [(5,), (3, 4), (2, 3, 2), (1, 1)])

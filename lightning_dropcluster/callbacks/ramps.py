@@ -1,0 +1,134 @@
+"""Ramps: what share of drop_prob a moment of training uses, and when something is due."""
+
+import math
+from collections.abc import Callable
+
+Ramp = Callable[[float], float]
+"""From the part of the ramp that has passed to the part of drop_prob in use, both in [0, 1]."""
+
+
+def linear(fraction: float) -> float:
+    """Rise from 0 to 1 in a straight line: the paper's ramp.
+
+    Args:
+        fraction: in [0, 1].
+
+    Returns:
+        The fraction itself.
+
+    Example:
+        >>> linear(0.25)
+        0.25
+    """
+    return fraction
+
+
+def cosine(fraction: float) -> float:
+    """Rise from 0 to 1 by half a cosine wave, flat at both ends.
+
+    Args:
+        fraction: in [0, 1].
+
+    Returns:
+        (1 - cos(pi * fraction)) / 2.
+
+    Example:
+        >>> round(cosine(0.5), 6)
+        0.5
+    """
+    return (1.0 - math.cos(math.pi * fraction)) / 2.0
+
+
+def constant(fraction: float) -> float:
+    """Be 1 from the first step on.
+
+    Args:
+        fraction: in [0, 1].
+
+    Returns:
+        1.
+
+    Example:
+        >>> constant(0.0)
+        1.0
+    """
+    return 1.0
+
+
+RAMPS: dict[str, Ramp] = {"linear": linear, "cosine": cosine, "constant": constant}
+
+
+def make_ramp(schedule: str | Ramp) -> Ramp:
+    """Return the function of a name, or check the function given.
+
+    Args:
+        schedule: a name of `RAMPS`, or a callable fraction -> fraction, both in [0, 1].
+
+    Returns:
+        The function.
+
+    Raises:
+        TypeError: where ``schedule`` is neither a string nor a callable.
+        ValueError: where the name is unknown, or the callable fails or leaves [0, 1], at any hundredth.
+    """
+    if isinstance(schedule, str):
+        if schedule not in RAMPS:
+            raise ValueError(f"schedule={schedule!r}: must be a callable or one of {', '.join(RAMPS)}")
+        return RAMPS[schedule]
+    if not callable(schedule):
+        raise TypeError(f"schedule={schedule!r}: give a name or a callable, not {type(schedule).__name__}")
+    for fraction in (step / 100 for step in range(101)):
+        try:
+            value = schedule(fraction)
+        except Exception as error:
+            raise ValueError(f"schedule={schedule!r}: calling it with {fraction} failed: {error}") from error
+        if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+            raise ValueError(
+                f"schedule={schedule!r}: must map [0, 1] to [0, 1], but {fraction} gave {value!r}"
+            )
+    return schedule
+
+
+def stretched(ramp: Ramp, start: float) -> Ramp:
+    """Stretch a ramp over the rest of training.
+
+    Args:
+        ramp: fraction of the ramp to fraction of drop_prob.
+        start: the fraction of training at which the ramp begins, in [0, 1]; before it the value is 0.
+
+    Returns:
+        A closure from the fraction of training to the fraction of drop_prob, both in [0, 1].
+
+    Example:
+        >>> [stretched(linear, 0.5)(fraction) for fraction in (0.25, 0.5, 0.75, 1.0)]
+        [0.0, 0.0, 0.5, 1.0]
+    """
+    length = 1.0 - start
+
+    def value(fraction: float) -> float:
+        if fraction < start:
+            return 0.0
+        passed = (fraction - start) / length if length > 0.0 else 1.0
+        return ramp(min(1.0, max(0.0, passed)))
+
+    return value
+
+
+def intervals_passed(position: int, origin: int, every: int) -> int:
+    """Count the due moments up to now: ``origin`` is the first, then one every ``every``.
+
+    Args:
+        position: the epoch or step now.
+        origin: the epoch or step of the first due moment.
+        every: epochs or steps between due moments; 0 for the first one only.
+
+    Returns:
+        0 before ``origin``, then 1, 2, ...
+
+    Example:
+        >>> [intervals_passed(step, 2, 3) for step in range(9)]
+        [0, 0, 1, 1, 1, 2, 2, 2, 3]
+    """
+    if position < origin:
+        return 0
+    return 1 if every == 0 else 1 + (position - origin) // every

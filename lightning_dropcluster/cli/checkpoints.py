@@ -1,0 +1,168 @@
+"""Pictures of the clusters in checkpoints, as the command line makes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_dropcluster.layers.patterns import matching_names, nearest_names
+from lightning_dropcluster.learning.clusters import SavedClusters, read_checkpoint
+from lightning_dropcluster.visualization import (
+    neighbor_colors,
+    plot_clusters,
+    plot_history,
+    plot_overlay,
+    plot_sizes,
+    save_animation,
+)
+from lightning_dropcluster.visualization.panels import headline
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class LayerHistory:
+    """One layer's clusters in some checkpoints.
+
+    Args:
+        name: of the layer.
+        scope: what was grouped.
+        epochs: when each checkpoint was written.
+        labels: (C, *spatial) of each; layers whose maps changed their size start anew.
+    """
+
+    name: str
+    scope: str
+    epochs: list[int]
+    labels: list[Tensor]
+
+
+def read_histories(paths: Sequence[Path], match: Sequence[str] = ("**",)) -> list[LayerHistory]:
+    """Read the clusters of some layers from checkpoints of one run.
+
+    Args:
+        paths: of checkpoints, or of folders with checkpoints, in any order.
+        match: patterns of layers' names, as for `DropCluster`; each must pick at least one.
+
+    Returns:
+        The layers' clusters, the oldest checkpoint first; of equal ones in a row only the first is kept.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where a file is no checkpoint, none holds clusters, or a pattern picks nothing.
+    """
+    saved = sorted((_read(path) for path in _files(paths)), key=lambda one: one.step)
+    names = dict.fromkeys(name for one in saved for name in one.clusters)
+    if not names:
+        raise ValueError(f"no clusters of a DropCluster in {', '.join(map(str, paths))}")
+    picked = _pick(names, match)
+    return [_history(name, saved) for name in names if name in picked]
+
+
+def save_plots(history: LayerHistory, folder: Path, *, image: Tensor | None, max_maps: int) -> Iterator[Path]:
+    """Draw a layer: its clusters, their sizes, over an image if there is one, and over time.
+
+    Args:
+        history: of the layer.
+        folder: where the pictures go; it must exist.
+        image: (3, H, W), (1, H, W) or (H, W), an input of the model.
+        max_maps: feature maps drawn at most.
+
+    Yields:
+        The path of each picture, once it is written.
+    """
+    labels, moments = history.labels[-1], len(history.labels)
+    file = re.sub(r"[\\/:]", "_", history.name)  # a checkpoint may come from anywhere: no path leads out
+    title = headline([history.name, f"epoch {history.epochs[-1]}"])
+    shared: dict[str, Any] = {"title": history.name, "scope": history.scope}
+    colors = neighbor_colors(*(one[:max_maps] for one in history.labels))
+    previous = history.labels[-2] if moments > 1 else None
+    options = {"epoch": history.epochs[-1], "previous": previous, "colors": colors, "max_maps": max_maps}
+    yield _save(plot_clusters(labels, **shared, **options), folder / f"{file}.png")
+    yield _save(plot_sizes(labels, title=title, scope=history.scope), folder / f"{file}.sizes.png")
+    if image is not None and labels.ndim == 3:
+        figure = plot_overlay(labels, image, title=title, colors=colors, max_maps=min(max_maps, 7))
+        yield _save(figure, folder / f"{file}.overlay.png")
+    if moments > 1:
+        yield _save(
+            plot_history(history.labels, epochs=history.epochs, **shared),
+            folder / f"{file}.history.png",
+        )
+        path = folder / f"{file}.history.gif"
+        save_animation(path, history.labels, epochs=history.epochs, max_maps=max_maps, **shared)
+        yield path
+
+
+def read_image(path: str) -> Tensor:
+    """Read an image file.
+
+    Args:
+        path: of any format that Pillow reads.
+
+    Returns:
+        (3, H, W) in [0, 1].
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where it is no image.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            pixels = image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"image={path!r}: no image that Pillow reads") from error
+    data = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
+    return data.reshape(pixels.height, pixels.width, 3).permute(2, 0, 1) / 255
+
+
+def _history(name: str, saved: Iterable[SavedClusters]) -> LayerHistory:
+    history = LayerHistory(name, "", [], [])
+    for one in (one for one in saved if name in one.clusters):
+        labels, scope = one.clusters[name].labels, one.scopes[name].name
+        if not history.labels or labels.shape != history.labels[-1].shape or scope != history.scope:
+            history = LayerHistory(name, scope, [], [])
+        if not history.labels or not torch.equal(labels, history.labels[-1]):
+            history.epochs.append(one.epoch)
+            history.labels.append(labels)
+    return history
+
+
+def _files(paths: Sequence[Path]) -> Iterator[Path]:
+    for path in paths:
+        found = sorted(path.glob("*.ckpt")) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"no checkpoint (*.ckpt) in the folder {path}")
+        yield from found
+
+
+def _read(path: Path) -> SavedClusters:
+    try:
+        return read_checkpoint(path)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _pick(names: Iterable[str], match: Sequence[str]) -> set[str]:
+    """Names that the patterns pick."""
+    picked: set[str] = set()
+    for pattern in match:
+        found = matching_names(names, pattern)
+        if not found:
+            near = ", ".join(nearest_names(pattern, names))
+            raise ValueError(f"match={pattern!r} picks none of the layers with clusters; nearest: {near}")
+        picked.update(found)
+    return picked
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path)
+    return path

@@ -1,0 +1,236 @@
+"""The command line: what the callback would work on in a timm model, and what it learned."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lightning_dropcluster.checks import check_number
+from lightning_dropcluster.cli.checkpoints import read_histories, read_image, save_plots
+from lightning_dropcluster.cli.tables import print_history, print_layers
+from lightning_dropcluster.inspection.preview import Preview, preview
+from lightning_dropcluster.layers.patterns import nearest_names
+from lightning_dropcluster.layers.selection import CONV_LAYERS, WIDEN, select_layers
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+_PROG = "lightning-dropcluster"
+_MISSING = "{error}: this command needs more packages: pip install '.[cli]' in the clone"
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: what stands after the command; ``sys.argv`` where it is ``None``.
+
+    Raises:
+        SystemExit: with a message, where an argument is wrong or a package is missing.
+    """
+    try:
+        import rich  # noqa: F401
+        from jsonargparse import ArgumentParser
+    except ImportError as error:
+        raise SystemExit(_MISSING.format(error=error)) from error
+
+    class Parser(ArgumentParser):
+        def format_help(self, *args: Any, **options: Any) -> str:
+            text = super().format_help(*args, **options)
+            return re.sub(r"--\w+", lambda option: option[0].replace("_", "-"), text)
+
+    about = "See what DropCluster would work on, and what it learned."
+    parser = Parser(prog=_PROG, description=about, version=version("lightning-dropcluster"))
+    commands = parser.add_subcommands(dest="command")
+    for name, (run, add_arguments) in _COMMANDS.items():
+        sub = Parser(description=_first_line(run))
+        add_arguments(sub)
+        commands.add_subcommand(name, sub, help=_first_line(run))
+    parsed = parser.parse_args([_with_underscores(word) for word in (sys.argv[1:] if args is None else args)])
+    run, _ = _COMMANDS[parsed.command]
+    try:
+        run(**parsed[parsed.command].as_dict())
+    except ImportError as error:
+        raise SystemExit(str(error)) from error
+    except (ValueError, OSError) as error:
+        words = str(error).replace(WIDEN, "add --any-layer")
+        raise SystemExit(f"{_PROG} {parsed.command}: {words}") from error
+
+
+def layers(
+    model: str,
+    match: list[str] | None = None,
+    *,
+    input: str | None = None,
+    any_layer: bool = False,
+    show_all: bool = False,
+    num_clusters: int | None = None,
+    cluster_size: float | None = None,
+    scope: str = "map",
+    num_samples: int = 1024,
+    sketch_dim: int = 64,
+) -> None:
+    """List the conv layers of a timm model, and what a pattern picks.
+
+    Args:
+        model: name of a timm model, such as resnet50.
+        match: patterns, as for DropCluster(layers=...).
+        input: input size, such as 3x224x224, 3x160x192 or 224; the model's own by default.
+        any_layer: let --match pick modules of any type, as layer_types=torch.nn.Module does.
+        show_all: with --match, show every layer that is not picked too.
+        num_clusters: clusters per feature map.
+        cluster_size: or mean number of features per cluster; 16 by default.
+        scope: what is grouped: map, position, layer or channel.
+        num_samples: samples gathered for each clustering.
+        sketch_dim: dimensions of the sketch.
+
+    Raises:
+        ValueError: where there is no such model, or an argument does not fit it.
+    """
+    settings = {"num_clusters": num_clusters, "cluster_size": cluster_size, "scope": scope}
+    settings |= {"num_samples": num_samples, "sketch_dim": sketch_dim}
+    kinds = None
+    if any_layer:
+        if match is None:
+            raise ValueError("--any-layer: needs --match, or every module would be picked")
+        kinds = nn.Module
+        settings |= {"layers": [_is_conv, *match], "layer_types": kinds}
+    shape = parse_size(input)
+    network, found = _look(model, shape, settings)
+    picked = None if match is None else set(select_layers(network, match, kinds))
+    size = "×".join(map(str, shape or network.default_cfg["input_size"]))
+    print_layers(model, size, found, picked, scope=scope, show_all=show_all)
+
+
+def plot(
+    checkpoints: list[str],
+    match: list[str] | None = None,
+    *,
+    output: str = ".",
+    image: str | None = None,
+    max_maps: int = 16,
+) -> None:
+    """Draw the clusters that checkpoints hold; of several checkpoints of a run, also how they changed.
+
+    Args:
+        checkpoints: files that Lightning wrote, or folders of them.
+        match: patterns of layers' names; all layers with clusters by default.
+        output: folder for the pictures.
+        image: file with an input image, to draw the clusters over.
+        max_maps: feature maps drawn of each layer at most.
+
+    Raises:
+        ValueError: where an argument is wrong, or there are no clusters.
+        OSError: where a file cannot be read or written.
+    """
+    check_number("max_maps", max_maps, 1, integer=True)
+    pixels = None if image is None else read_image(image)
+    histories = read_histories([Path(path) for path in checkpoints], match or ["**"])
+    Path(output).mkdir(parents=True, exist_ok=True)
+    for history in histories:
+        print_history(history)
+        for path in save_plots(history, Path(output), image=pixels, max_maps=max_maps):
+            print(f"  {path}")
+
+
+def parse_size(text: str | None) -> tuple[int, ...] | None:
+    """Read an input size.
+
+    Args:
+        text: such as ``"3x224x224"``, or ``"224"`` for three square channels.
+
+    Returns:
+        (C, H, W), or ``None`` where there is no text.
+
+    Raises:
+        ValueError: where the text is no size.
+
+    Example:
+        >>> parse_size("3x160x192"), parse_size("224")
+        ((3, 160, 192), (3, 224, 224))
+    """
+    if text is None:
+        return None
+    if not re.fullmatch(r"[1-9]\d*([x×,][1-9]\d*[x×,][1-9]\d*)?", text):
+        raise ValueError(f"input={text!r}: must be a size such as 3x224x224 or 224")
+    sides = [int(side) for side in re.split("[x×,]", text)]
+    return tuple(sides) if len(sides) == 3 else (3, *(sides * 2))
+
+
+def _with_underscores(word: str) -> str:
+    """Spell an option as the parser does, which takes no hyphens."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
+
+
+def _is_conv(_name: str, module: nn.Module) -> bool:
+    return isinstance(module, CONV_LAYERS)
+
+
+def _look(name: str, shape: tuple[int, ...] | None, settings: dict[str, Any]) -> tuple[Any, Preview]:
+    """Build a model and preview layers, all conv layers by default: on the meta device, or in memory."""
+    for device in ("meta", "cpu"):
+        try:
+            with torch.device(device):
+                model = _create(name, shape)
+            return model, preview(model, example_input=shape or model.default_cfg["input_size"], **settings)
+        except (NotImplementedError, RuntimeError, AssertionError) as error:
+            failure = error
+    raise ValueError(f"{name}: the model does not run on input={shape or 'its own size'}: {failure}")
+
+
+def _create(name: str, shape: tuple[int, ...] | None) -> Any:
+    import timm
+
+    if not timm.is_model(name):
+        near = ", ".join(nearest_names(name, timm.list_models()))
+        raise ValueError(f"model={name!r}: timm {timm.__version__} has no such model; nearest: {near}")
+    options: dict[str, Any] = {} if shape is None or shape[0] == 3 else {"in_chans": shape[0]}
+    return timm.create_model(name, **options)
+
+
+def _add_layers(parser: ArgumentParser) -> None:
+    parser.add_argument("model", type=str, help="name of a timm model, such as resnet50")
+    parser.add_argument(
+        "--match", nargs="+", type=str, metavar="PATTERN", help="patterns, as for DropCluster(layers=...)"
+    )
+    parser.add_argument(
+        "--all", action="store_true", dest="show_all", help="with --match, show the other layers too"
+    )
+    parser.add_argument(
+        "--any_layer",
+        action="store_true",
+        help="let --match pick modules of any type, as layer_types=torch.nn.Module does",
+    )
+    parser.add_function_arguments(layers, as_group=False, skip={"model", "match", "show_all", "any_layer"})
+
+
+def _add_plot(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        type=str,
+        metavar="CHECKPOINT",
+        help="files that Lightning wrote, or folders of them",
+    )
+    parser.add_argument(
+        "--match", nargs="+", type=str, metavar="PATTERN", help="patterns of layers' names; all by default"
+    )
+    parser.add_function_arguments(plot, as_group=False, skip={"checkpoints", "match"})
+
+
+def _first_line(function: Callable[..., None]) -> str:
+    return (function.__doc__ or "").partition("\n")[0]
+
+
+_COMMANDS: dict[str, tuple[Callable[..., None], Callable[[ArgumentParser], None]]] = {
+    "layers": (layers, _add_layers),
+    "plot": (plot, _add_plot),
+}

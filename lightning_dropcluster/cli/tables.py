@@ -1,0 +1,134 @@
+"""The table that the command line prints of a model's layers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from lightning_dropcluster.cli.checkpoints import LayerHistory
+from lightning_dropcluster.inspection.preview import HEADINGS, LayerPreview, Preview
+from lightning_dropcluster.visualization.panels import agreement, headline
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_SHORTEST_GAP = 3  # a shorter run of layers that are not picked is shown rather than counted
+_PIPE_WIDTH = 160
+
+
+def print_layers(
+    model: str,
+    input_size: str,
+    found: Preview,
+    picked: Collection[str] | None,
+    *,
+    scope: str,
+    show_all: bool,
+) -> None:
+    """Print a model's conv layers, what is picked, and patterns to copy.
+
+    Args:
+        model: name of the model, for the title.
+        input_size: of one sample, for the title.
+        found: all conv layers.
+        picked: names of those that the user's patterns pick, ``None`` where there are no patterns.
+        scope: what is grouped, for the note on small maps.
+        show_all: whether runs of layers that are not picked are shown in full.
+    """
+    console = _console()
+    chosen = found if picked is None else Preview(tuple(_those(found, picked)), {})
+    console.print(
+        _table(f"{model} at {input_size}", found, chosen, marked=picked is not None, show_all=show_all)
+    )
+    for note in _notes(chosen, scope):
+        console.print(note, style="yellow")
+    if found.patterns:
+        console.print("\nPatterns to copy:" if picked is None else "\nOther choices:", style="bold")
+    for title, text in _suggestions(found):
+        console.print(f"  {title}", style="dim")
+        console.print(f"    {text}", markup=False, soft_wrap=True)
+
+
+def print_history(history: LayerHistory) -> None:
+    """Print what clusters a layer has, and how they changed.
+
+    Args:
+        history: of the layer.
+    """
+    labels, epochs = history.labels, history.epochs
+    count = int(labels[-1].max()) + 1
+    parts = [f"epoch {epochs[-1]}", f"{count} cluster{'s' * (count != 1)}", f"scope {history.scope}"]
+    if len(labels) > 1:
+        since = agreement(labels[-1], labels[-2], history.scope)
+        parts.append(f"agreement with epoch {epochs[-2]}: {since:.2f}")
+    _console().print(f"[bold]{history.name}[/]  {headline(parts)}")
+
+
+def _suggestions(found: Preview) -> Iterator[tuple[str, str]]:
+    """Yield titles and arguments to copy."""
+    if found.stages:
+        yield "output of each stage but the last", f"{_argument(found.stages)}, layer_types=torch.nn.Module"
+    for title, patterns in found.patterns.items():
+        yield title, _argument(patterns)
+
+
+def _argument(patterns: Sequence[str]) -> str:
+    listed = ", ".join(f'"{pattern}"' for pattern in patterns)
+    return f"layers={listed}" if len(patterns) == 1 else f"layers=[{listed}]"
+
+
+def _console() -> Console:
+    """Make a console that does not fold the names that a pipe is to find."""
+    from rich.console import Console
+
+    is_wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(highlight=False, width=_PIPE_WIDTH if is_wide else None)
+
+
+def _table(title: str, found: Preview, chosen: Preview, *, marked: bool, show_all: bool) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=title, title_justify="left", title_style="bold", show_footer=True, box=box.SIMPLE_HEAD
+    )
+    table.pad_edge, table.padding = False, (0, 1, 0, 0)
+    if marked:
+        table.add_column("")
+    for position, (heading, footer) in enumerate(zip(HEADINGS, chosen.total(), strict=True)):
+        justify = "left" if position < 3 else "right"
+        table.add_column(heading, footer, justify=justify, overflow="fold")
+    names = {layer.name for layer in chosen.layers}
+    for is_picked, run in groupby(found.layers, key=lambda layer: layer.name in names):
+        for row in _rows(list(run), is_picked=is_picked, show_all=show_all):
+            mark = ("●" if is_picked else "",) if marked else ()
+            table.add_row(*mark, *row, style=None if is_picked else "dim")
+    return table
+
+
+def _rows(run: list[LayerPreview], *, is_picked: bool, show_all: bool) -> Iterator[tuple[str, ...]]:
+    """Write a run of neighbouring layers that are all picked, or all not; of the latter no clusters."""
+    if not is_picked and not show_all and len(run) > _SHORTEST_GAP:
+        yield (f"… {len(run)} more", "", "", "", "", "")
+        return
+    for layer in run:
+        yield layer.cells() if is_picked else (*layer.cells()[:4], "", "")
+
+
+def _those(found: Preview, names: Collection[str]) -> Iterator[LayerPreview]:
+    return (layer for layer in found.layers if layer.name in names)
+
+
+def _notes(chosen: Preview, scope: str) -> Iterator[str]:
+    # As in a fit, a map of one feature is nothing to cluster, and no news.
+    whole = [layer for layer in chosen.layers if layer.num_clusters == 1 < layer.features // layer.problems]
+    if whole and scope == "map":
+        noun = "layers" if len(whole) > 1 else "layer"
+        yield (
+            f"In {len(whole)} {noun} each map is one cluster, so whole maps are dropped: lower cluster_size, "
+            "use scope='channel', or leave them out."
+        )

@@ -1,0 +1,124 @@
+"""What is hung on a layer: gather its output, then regularise it."""
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+
+class Gatherer(Protocol):
+    """Takes the outputs of a layer while a gathering window is open; `Sketch` is the one in use."""
+
+    shape: tuple[int, ...]
+
+    def update(self, x: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            x: (N, *shape).
+        """
+        ...
+
+
+class LayerHook:
+    """A forward hook that shows the output of a layer to a sketch, then hands it to a regulariser.
+
+    It acts only while the layer is in training mode. The attributes are for the owner to set between steps; a
+    call changes ``fired``, ``first_call``, ``shape`` and ``other_channels`` alone. That makes three variants
+    of it for ``torch.compile``: idle, dropping, gathering and dropping. A copy or pickle of the layer carries
+    a hook that does nothing, since nobody would steer or remove a live one.
+
+    Args:
+        name: of the layer, for errors.
+        layer: the layer.
+        regularizer: a module x -> x, or ``None`` as long as there is nothing to apply.
+        in_eval: whether to act while the layer is in eval mode too.
+
+    Attributes:
+        active: whether to regularise.
+        sketch: where to gather, ``None`` while no window is open. Activations of another shape are left out.
+        first_call: whether the next call is the first of its step. Only that one is gathered: a layer may run
+            several times in a step, and activation checkpointing runs it again in the backward pass.
+        fired: whether the layer has run.
+        shape: shape without the batch of the last first call, ``None`` before any.
+        other_channels: number of channels of a later call, where it was another; ``None`` otherwise.
+    """
+
+    def __init__(
+        self, name: str, layer: nn.Module, regularizer: nn.Module | None, *, in_eval: bool = False
+    ) -> None:
+        self.name, self.regularizer, self.in_eval = name, regularizer, in_eval
+        self.sketch: Gatherer | None = None
+        self.active, self.first_call, self.fired = True, False, False
+        self.shape: tuple[int, ...] | None = None
+        self.other_channels: int | None = None
+        # A conv says how many dimensions a batch has; of other layers anything with a batch will do.
+        self.num_dims = len(layer.kernel_size) + 2 if isinstance(layer, _ConvNd) else None
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        """Look at the output of the layer, as torch calls a forward hook.
+
+        Args:
+            module: the layer.
+            args: its inputs.
+            output: (N, C, *spatial).
+
+        Returns:
+            What the regulariser makes of the output, in its type; ``None`` where it stays as it is.
+
+        Raises:
+            TypeError: where the output is no floating-point tensor.
+            ValueError: where it is no batch, or the regulariser returns no tensor of its shape.
+        """
+        if not (module.training or self.in_eval):
+            return None
+        self._check(module, output)
+        self.fired = True
+        self._gather(output)
+        return self._regularize(output) if self.active and self.regularizer is not None else None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _CopiedHook, ()
+
+    def _check(self, module: nn.Module, output: Any) -> None:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            raise TypeError(
+                f"layers: the output of {self.name!r} ({type(module).__name__}) is {_describe(output)}; "
+                "it must be one floating-point tensor"
+            )
+        if output.ndim != self.num_dims if self.num_dims else output.ndim < 2:
+            raise ValueError(
+                f"layers: the output of {self.name!r} has shape {tuple(output.shape)}; "
+                f"it must be a batch, of {self.num_dims or 'at least 2'} dimensions"
+            )
+
+    def _gather(self, x: Tensor) -> None:
+        if self.first_call:
+            self.first_call = False
+            self.shape = tuple(x.shape[1:])
+            if self.sketch is not None and self.sketch.shape == self.shape:
+                self.sketch.update(x)
+        elif self.shape is not None and x.shape[1] != self.shape[0]:
+            self.other_channels = x.shape[1]
+
+    def _regularize(self, x: Tensor) -> Tensor:
+        made: Any = self.regularizer(x)  # pyright: ignore[reportOptionalCall]
+        if not isinstance(made, Tensor) or made.shape != x.shape:
+            raise ValueError(
+                f"regularizer: {type(self.regularizer).__name__} must return a tensor of shape "
+                f"{tuple(x.shape)} as it was given, but returned {_describe(made)}"
+            )
+        return made.to(x.dtype)
+
+
+class _CopiedHook:
+    """What a copy of a hooked layer has in place of its hook."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        return None
+
+
+def _describe(output: Any) -> str:
+    if not isinstance(output, Tensor):
+        return f"a {type(output).__name__}"
+    return f"a {output.dtype} tensor of shape {tuple(output.shape)}"

@@ -1,0 +1,125 @@
+"""Injection: run modules x -> x on the outputs of chosen layers, and leave nothing behind."""
+
+import sys
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_dropcluster.layers.hooks import LayerHook
+
+
+class Injection:
+    """Regularisers attached to layers by forward hooks, see `LayerHook`.
+
+    A hook acts on every call of a layer that runs several times in a forward pass.
+
+    Args:
+        layers: name to layer.
+        regularizers: a module x -> x for each of these names, or ``None`` as long as there is nothing to
+            apply; it is not registered in the model, so the model's state_dict does not know of it.
+        in_eval: whether to act while the layer is in eval mode too. Compiled code then stays, and does not
+            know of the hooks: run the model eagerly.
+
+    Raises:
+        ValueError: where the names differ.
+
+    Example:
+        >>> conv = nn.Conv2d(1, 1, 1)
+        >>> with Injection({"conv": conv}, {"conv": nn.Dropout2d()}):
+        ...     len(conv._forward_hooks)
+        1
+        >>> len(conv._forward_hooks)
+        0
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        regularizers: Mapping[str, nn.Module | None],
+        *,
+        in_eval: bool = False,
+    ) -> None:
+        if set(layers) != set(regularizers):
+            raise ValueError(
+                f"regularizers={sorted(regularizers)}: must name the same layers as layers={sorted(layers)}"
+            )
+        self.layers, self.in_eval = dict(layers), in_eval
+        self.hooks = {
+            name: LayerHook(name, layer, regularizers[name], in_eval=in_eval)
+            for name, layer in layers.items()
+        }
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are on the layers."""
+        return bool(self._handles)
+
+    def attach(self) -> "Injection":
+        """Put the hooks on the layers; nothing happens where they are on already.
+
+        What ``torch.compile`` has compiled so far is compiled anew, since it would not notice the hooks; not
+        where they act in eval mode too, see above.
+
+        Returns:
+            Itself, for use in a ``with`` statement.
+        """
+        if not self.attached:
+            if not self.in_eval:
+                forget_compiled_code()
+            for hook in self.hooks.values():
+                hook.fired = False
+            self._handles = [
+                layer.register_forward_hook(self.hooks[name]) for name, layer in self.layers.items()
+            ]
+        return self
+
+    def detach(self) -> None:
+        """Take the hooks off; nothing happens where they are off already."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def never_ran(self) -> list[str]:
+        """Name the layers that have not run in training mode since they were attached, but are in it.
+
+        Returns:
+            Their names, in order.
+        """
+        return [n for n, hook in self.hooks.items() if not hook.fired and self.layers[n].training]
+
+    def pause(self) -> None:
+        """Regularise nothing until the next step begins."""
+        for hook in self.hooks.values():
+            hook.active = False
+
+    def __enter__(self) -> "Injection":
+        return self.attach()
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+
+def unused_layers_error(names: list[str]) -> RuntimeError | None:
+    """Return what to raise where layers have not run in training.
+
+    Args:
+        names: of these layers.
+
+    Returns:
+        An error that names them, ``None`` where there are none.
+    """
+    if not names:
+        return None
+    return RuntimeError(
+        f"layers: {', '.join(map(repr, names))} did not run in any training step so far; "
+        "choose layers whose forward the training step calls (with gradient checkpointing some of timm's "
+        "models, ResNets among them, call the blocks of a stage, not the stage)"
+    )
+
+
+def forget_compiled_code() -> None:
+    """Have everything compiled anew: compiled code does not notice new hooks, and anybody may hold some."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

@@ -1,0 +1,253 @@
+"""Name patterns to layers: which modules of a model a callback works on."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, TypeGuard
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_dropcluster.checks import describe
+from lightning_dropcluster.layers.patterns import compile_pattern, matching_names, nearest_names
+
+CONV_LAYERS: tuple[type[nn.Module], ...] = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+"""The layer types that patterns pick by default (subclasses included)."""
+
+Pattern = str | Callable[[str, nn.Module], bool]
+Layers = Pattern | Sequence[Pattern]
+"""How users say which layers; see `select_layers`."""
+LayerTypes = type[nn.Module] | Sequence[type[nn.Module]]
+
+WIDEN = "give layer_types=torch.nn.Module"
+"""What errors advise where a pattern matches layers of other types; the command line calls it otherwise."""
+
+LEARNED_CHILD = "structured_dropout"
+"""What a learned regulariser is called inside its layer; it is no layer of the model itself."""
+
+# Wrappers put these segments into names; users write the names of the model they know.
+_WRAPPER_SEGMENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def select_layers(
+    root: nn.Module, layers: Layers, layer_types: LayerTypes | None = None
+) -> dict[str, nn.Module]:
+    """Return the layers of a model that name patterns pick.
+
+    Names are those of ``root.named_modules()`` without the segments that ``torch.compile``, FSDP and
+    activation checkpointing insert. A string is a glob over the whole name: ``*`` and ``?`` stay inside one
+    segment, ``**`` crosses dots (``**.`` at the start of a segment also matches nothing), ``[12]`` is a set
+    of characters. A string that starts with ``re:`` is a regular expression, searched for anywhere in the
+    name. A callable gets the name and the module. A pattern that picks nothing from the root is tried from
+    each direct child, so ``"conv1"`` finds ``model.conv1``.
+
+    Args:
+        root: the model, usually a LightningModule.
+        layers: one pattern or a list of them; each must pick at least one layer.
+        layer_types: the module types that may be picked, subclasses included; ``None`` for `CONV_LAYERS`.
+
+    Returns:
+        Name to module, in the order of ``named_modules()``. A module that stands under several names appears
+        once, under the first of the names that were picked.
+
+    Raises:
+        TypeError: where an argument has a wrong type.
+        ValueError: where a pattern is empty or no valid expression, picks no layer, or picks layers in two
+            direct children of the root; the message lists the nearest names.
+
+    Example:
+        >>> model = nn.ModuleDict({"stem": nn.Conv2d(3, 8, 3), "norm": nn.BatchNorm2d(8)})
+        >>> list(select_layers(nn.ModuleDict({"model": model}), "st*"))
+        ['model.stem']
+    """
+    _check_module("root", root)
+    patterns = check_patterns(layers)
+    types = check_layer_types(layer_types)
+    names = _module_names(root)
+    picked = {name for pattern in patterns for name in _pick(names, pattern, types)}
+    unique: dict[int, str] = {}
+    for name in names:
+        if name in picked:
+            unique.setdefault(id(names[name]), name)
+    return {name: names[name] for name in unique.values()}
+
+
+def find_layers(root: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Return the layers of these full names, in a LightningModule or in the bare model that it holds.
+
+    Args:
+        root: the LightningModule that the names come from, a copy of it, or its one model.
+        names: as `select_layers` gave them.
+
+    Returns:
+        Name to module. In a bare model the names count without their first segment.
+
+    Raises:
+        TypeError: where the root is no module.
+        ValueError: where the model has no such layer; the message lists the nearest names.
+
+    Example:
+        >>> list(find_layers(nn.ModuleDict({"stem": nn.Conv2d(3, 8, 3)}), ["model.stem"]))
+        ['model.stem']
+    """
+    _check_module("model", root)
+    there = _module_names(root)
+    found = {name: there.get(name, there.get(name.partition(".")[2])) for name in names}
+    for name, module in found.items():
+        if module is None:
+            near = ", ".join(nearest_names(name, there)) or "none"
+            raise ValueError(f"model: there is no layer {name!r} in {type(root).__name__}; nearest: {near}")
+    return {name: module for name, module in found.items() if module is not None}
+
+
+def check_patterns(layers: Layers) -> list[Pattern]:
+    """Return the patterns as a list.
+
+    Args:
+        layers: what a user gave: a pattern, or a list or other sequence of them.
+
+    Returns:
+        The patterns, at least one.
+
+    Raises:
+        TypeError: where a pattern is neither a string nor a callable.
+        ValueError: where the list or a pattern is empty, or a regular expression does not compile.
+    """
+    patterns = list(layers) if _is_sequence(layers) else [layers]
+    if not patterns:
+        raise ValueError(f"layers={layers!r}: give at least one pattern")
+    for pattern in patterns:
+        if isinstance(pattern, str):
+            compile_pattern(pattern)
+        elif not callable(pattern) or isinstance(pattern, type | nn.Module):
+            raise TypeError(
+                f"layers={pattern!r}: a pattern is a string or a callable (name, module) -> bool, "
+                f"not {type(pattern).__name__}"
+            )
+    return patterns  # pyright: ignore[reportReturnType]
+
+
+def check_layer_types(layer_types: LayerTypes | None) -> tuple[type[nn.Module], ...]:
+    """Return the layer types as a tuple that ``isinstance`` takes.
+
+    Args:
+        layer_types: one `nn.Module` type, a sequence of them, or ``None`` for `CONV_LAYERS`.
+
+    Returns:
+        The types, at least one.
+
+    Raises:
+        TypeError: where an entry is no subclass of `nn.Module`.
+        ValueError: where the sequence is empty.
+    """
+    if layer_types is None:
+        return CONV_LAYERS
+    types = tuple(layer_types) if _is_sequence(layer_types) else (layer_types,)
+    if not types:
+        raise ValueError(f"layer_types={layer_types!r}: give at least one type, or None for conv layers")
+    for entry in types:
+        if not (isinstance(entry, type) and issubclass(entry, nn.Module)):
+            raise TypeError(f"layer_types={layer_types!r}: {entry!r} is no subclass of torch.nn.Module")
+    return types  # pyright: ignore[reportReturnType]
+
+
+def count_channels(layer: nn.Module) -> int | None:
+    """Return how many channels a layer gives.
+
+    Args:
+        layer: a conv, a norm, or any other module.
+
+    Returns:
+        The number, ``None`` where the layer does not tell it.
+    """
+    # What timm's models call num_features may be meant of their head.
+    told = "num_features" if isinstance(layer, _NormBase) else "out_channels"
+    channels = getattr(layer, told, None)
+    return channels if isinstance(channels, int) else None
+
+
+def _check_module(name: str, value: object) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}={describe(value)}: must be a torch.nn.Module, not {type(value).__name__}")
+
+
+def _is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
+    """Tell a list, or what configuration tools give in its place, from one pattern or type."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _module_names(root: nn.Module) -> dict[str, nn.Module]:
+    """Name every module; of a wrapper and what it wraps, the inner one keeps the common name."""
+    names: dict[str, nn.Module] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        parts = [part for part in name.split(".") if part not in _WRAPPER_SEGMENTS]
+        if LEARNED_CHILD not in parts:
+            names[".".join(parts)] = module
+    return names
+
+
+def _pick(names: dict[str, nn.Module], pattern: Pattern, types: tuple[type[nn.Module], ...]) -> list[str]:
+    """Apply one pattern from the root, else from each direct child."""
+    matches = _predicate(pattern)
+    candidates = {name: module for name, module in names.items() if isinstance(module, types)}
+    picked = [name for name, module in candidates.items() if matches(name, module)]
+    if picked:
+        return picked
+    by_child: dict[str, list[str]] = {}
+    for name, module in candidates.items():
+        child, _, rest = name.partition(".")
+        if rest and matches(rest, module):
+            by_child.setdefault(child, []).append(name)
+    if len({frozenset(id(candidates[name]) for name in found) for found in by_child.values()}) == 1:
+        return next(iter(by_child.values()))  # one child, or one module that stands under several names
+    if by_child:
+        examples = ", ".join(f"{found[0]!r}" for found in by_child.values())
+        raise ValueError(
+            f"layers={pattern!r} is ambiguous: it picks layers in {len(by_child)} children ({examples}); "
+            "write the child's name into the pattern"
+        )
+    raise ValueError(_explain_no_match(names, candidates, pattern, types))
+
+
+def _predicate(pattern: Pattern) -> Callable[[str, nn.Module], bool]:
+    if not isinstance(pattern, str):
+        return partial(_ask, pattern)
+    matches = compile_pattern(pattern)
+    return lambda name, module: matches(name)
+
+
+def _ask(pattern: Callable[[str, nn.Module], bool], name: str, module: nn.Module) -> bool:
+    try:
+        return pattern(name, module)
+    except Exception as error:
+        error.add_note(f"layers={pattern!r} failed for {name!r} ({type(module).__name__})")
+        raise
+
+
+def _explain_no_match(
+    names: dict[str, nn.Module],
+    candidates: dict[str, nn.Module],
+    pattern: Pattern,
+    types: tuple[type[nn.Module], ...],
+) -> str:
+    """Say why a pattern picked nothing, and what would have been near."""
+    allowed = "/".join(kind.__name__ for kind in types) if types != CONV_LAYERS else "conv"
+    others = matching_names(names, pattern) if isinstance(pattern, str) else []
+    if others:
+        kinds = ", ".join(f"{name} ({type(names[name]).__name__})" for name in others[:3])
+        head = f"layers={pattern!r} matches no {allowed} layer, only {kinds}"
+        inside = [n for n in candidates if any(n.startswith(other + ".") for other in others)]
+        if inside:
+            advice = "" if str(pattern).startswith("re:") else f" (write '{pattern}.**' to pick them)"
+            return f"{head}; layers inside: {', '.join(inside[:5])}{advice}; for its own output {WIDEN}"
+        head += f"; for other layers {WIDEN}"
+    else:
+        head = f"layers={pattern!r} matches no layer"
+    kind = "modules" if types == (nn.Module,) else f"{allowed} layers"
+    return f"{head}; nearest {kind}: {', '.join(nearest_names(str(pattern), candidates)) or 'none'}"

@@ -1,0 +1,1 @@
+"""Which: from the activations of a layer to clusters of its features."""

@@ -1,0 +1,65 @@
+"""What a reclustering of a layer did: numbers to log, and what its user should be told."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from lightning_dropcluster.clustering import adjusted_rand_index
+from lightning_dropcluster.learning.clusters import Clusters
+from lightning_dropcluster.learning.scopes import SCOPES, Grouping, Shape
+from lightning_dropcluster.methods.cluster_drop import cluster_sizes
+
+Report = dict[str, float]
+"""What one reclustering of one layer did, ready to be logged."""
+
+
+def make_report(labels: Tensor, counts: Tensor, shape: Shape, before: Clusters | None) -> Report:
+    """Sum new clusters up.
+
+    Args:
+        labels: int64 (B, F), the cluster of each item of B clusterings.
+        counts: clusters of each clustering, (B,).
+        shape: (C, *spatial) of the layer's output.
+        before: the layer's clusters until now.
+
+    Returns:
+        Their number and mean size, the sum of squared shares, the largest share, and where there were
+        clusters of the same shape, the agreement with them.
+    """
+    shares = cluster_sizes(labels, len(labels), int(counts.max())) / labels.shape[1]
+    report = {
+        "num_clusters": counts.double().mean().item(),
+        "cluster_size": (labels.shape[1] / counts.double()).mean().item(),
+        "concentration": shares.square().sum(1).mean().item(),
+        "largest_share": shares.max().item(),
+    }
+    if before is not None and before.shape == shape:
+        report["agreement"] = adjusted_rand_index(labels, before.table.reshape(labels.shape))
+    return report
+
+
+def warnings_for(name: str, counts: Tensor, shape: Shape, grouping: Grouping) -> Iterator[str]:
+    """Tell where clusters are not what the settings make one expect.
+
+    Args:
+        name: of the layer.
+        counts: clusters of each clustering, (B,).
+        shape: (C, *spatial) of the layer's output.
+        grouping: how many clusters were wanted.
+
+    Yields:
+        A sentence each.
+    """
+    wanted = grouping.num_clusters or grouping.clusters_for(shape)
+    if fewer := int((counts < wanted).sum()):
+        yield (
+            f"layer {name!r}: num_clusters={wanted} is lowered to the number of distinct profiles in "
+            f"{fewer} of {len(counts)} clusterings, to {int(counts.min())} at the least"
+        )
+    items = SCOPES[grouping.scope].problems(shape)[1]
+    if grouping.num_clusters is None and wanted == 1 < items:
+        yield (
+            f"layer {name!r}: with outputs of shape {shape} and scope={grouping.scope!r} one cluster "
+            f"holds all {items} features, which are dropped at once; lower cluster_size, or choose layers "
+            f"with {'more channels' if grouping.scope == 'channel' else 'larger maps'}"
+        )

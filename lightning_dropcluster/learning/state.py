@@ -1,0 +1,129 @@
+"""Checking a callback's state: a checkpoint is input like any other."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dropcluster.learning.clusters import Clusters, check_shape, clusters_from_state
+from lightning_dropcluster.learning.scopes import SCOPES, Scope
+
+_ENTRIES = ("scope", "progress", "clusters", "shapes", "windows_opened", "window", "reclustering", "memory")
+_PROGRESS = ("origin", "passed", "began", "every", "counts_steps")
+
+
+def read_state(state: Any, scope: str) -> dict[str, Clusters]:
+    """Check a whole state and unpack the clusters in it.
+
+    Args:
+        state: what ``DropCluster.state_dict`` returned, perhaps long ago, perhaps somewhere else.
+        scope: of the callback that loads it.
+
+    Returns:
+        Name to clusters.
+
+    Raises:
+        TypeError: where an entry has a wrong type.
+        ValueError: where an entry is missing or out of its range.
+    """
+    _require_entries("state_dict", state, _ENTRIES)
+    if state["scope"] != scope:
+        raise ValueError(f"state_dict: it was written with scope={state['scope']!r}, not scope={scope!r}")
+    _check_progress(state["progress"])
+    _check_count("windows_opened", state["windows_opened"])
+    _require_mapping("state_dict['clusters']", state["clusters"])
+    _require_mapping("state_dict['shapes']", state["shapes"])
+    for name, shape in state["shapes"].items():
+        check_shape(shape, f"state_dict['shapes'][{name!r}]")
+    _check_window(state["window"])
+    _check_reclustering(state["reclustering"], SCOPES[scope])
+    _check_memory(state["memory"])
+    return {
+        str(name): clusters_from_state(entry, SCOPES[scope], str(name))
+        for name, entry in state["clusters"].items()
+    }
+
+
+def check_regularizers(state: Any) -> None:
+    """Check a whole state of a StructuredDropout.
+
+    Args:
+        state: what ``StructuredDropout.state_dict`` returned.
+
+    Raises:
+        TypeError: where an entry has a wrong type.
+        ValueError: where an entry is missing or out of its range.
+    """
+    _require_entries("state_dict", state, ("progress", "regularizers"))
+    _check_progress(state["progress"])
+    _require_mapping("state_dict['regularizers']", state["regularizers"])
+    for name, tensors in state["regularizers"].items():
+        _require_mapping(f"state_dict['regularizers'][{name!r}]", tensors)
+
+
+def _check_progress(progress: Any) -> None:
+    _require_entries("state_dict['progress']", progress, _PROGRESS)
+    if type(progress["counts_steps"]) is not bool:
+        raise TypeError(f"state_dict: counts_steps={progress['counts_steps']!r} must be a bool")
+    for name in ("passed", "every", "origin"):
+        if name != "origin" or progress[name] is not None:
+            _check_count(name, progress[name])
+    began = progress["began"]
+    if began is not None and not (
+        isinstance(began, list) and len(began) == 3 and all(type(n) is int and n >= 0 for n in began)
+    ):
+        raise ValueError(f"state_dict: began={began!r} must be None or epoch, step and batch, of at least 0")
+
+
+def _check_count(name: str, count: Any) -> None:
+    if type(count) is not int or count < 0:
+        raise ValueError(f"state_dict: {name}={count!r} must be an integer of at least 0")
+
+
+def _check_window(window: Any) -> None:
+    if window is not None:
+        _require_mapping("state_dict['window']", window)
+        for name, sketch in window.items():
+            _require_entries(f"state_dict['window'][{name!r}]", sketch, ("shape", "moments", "count"))
+            check_shape(sketch["shape"], f"state_dict['window'][{name!r}]['shape']")
+
+
+def _check_reclustering(reclustering: Any, scope: Scope) -> None:
+    if reclustering is None:
+        return
+    what = "state_dict['reclustering']"
+    _require_entries(what, reclustering, ("wait_steps", "shapes", "labels"))
+    if type(reclustering["wait_steps"]) is not int:
+        raise ValueError(f"{what}: wait_steps={reclustering['wait_steps']!r} must be an integer")
+    _require_mapping(f"{what}['labels']", reclustering["labels"])
+    _require_entries(f"{what}['shapes']", reclustering["shapes"], tuple(reclustering["labels"]))
+    for name, labels in reclustering["labels"].items():
+        shape = reclustering["shapes"][name]
+        check_shape(shape, f"{what}['shapes'][{name!r}]")
+        size = scope.problems(tuple(shape))
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int32 or labels.shape != size:
+            raise ValueError(f"{what}: labels of layer {name!r} must be an int32 tensor of shape {size}")
+        if int(labels.min()) < 0 or int(labels.max()) >= size[1]:
+            raise ValueError(f"{what}: labels of layer {name!r} must be in [0, {size[1]})")
+
+
+def _check_memory(memory: Any) -> None:
+    what = "state_dict['memory']"
+    _require_mapping(what, memory)
+    for name, profiles in memory.items():
+        is_table = isinstance(profiles, Tensor) and profiles.dtype == torch.float32 and profiles.ndim == 3
+        if not is_table or not profiles.isfinite().all():
+            raise ValueError(f"{what}: profiles of layer {name!r} must be finite float32 numbers (B, F, D)")
+
+
+def _require_entries(what: str, value: Any, entries: tuple[str, ...]) -> None:
+    _require_mapping(what, value)
+    missing = [entry for entry in entries if entry not in value]
+    if missing:
+        raise ValueError(f"{what}: {', '.join(missing)} missing; it was not written by this callback")
+
+
+def _require_mapping(what: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{what}: must be a mapping, not {type(value).__name__}")

@@ -1,0 +1,192 @@
+"""The layers that regularisers act on: a module x -> x for each, its drop probability, its state."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dropcluster import ranks
+from lightning_dropcluster.layers.injection import Injection
+from lightning_dropcluster.layers.selection import LEARNED_CHILD
+from lightning_dropcluster.methods import Regularizer
+from lightning_dropcluster.methods.factory import (
+    Source,
+    check_setting,
+    has_drop_prob,
+    is_learned,
+    make_regularizer,
+    own_drop_prob,
+)
+
+
+class RegularizedLayers:
+    """Everything that happens to the chosen layers; the callback only says when.
+
+    Args:
+        source: where the regularisers come from.
+        drop_prob: at the end of the schedule; ``None`` for each module's own.
+    """
+
+    def __init__(self, source: Source, drop_prob: float | None) -> None:
+        self.source, self.drop_prob = source, drop_prob
+        self.regularizers: dict[str, nn.Module] = {}
+        self._drop_probs: dict[str, float] = {}
+        self._injection = Injection({}, {})
+
+    @property
+    def have_drop_prob(self) -> bool:
+        """Whether any regulariser lets its drop probability be set."""
+        return any(has_drop_prob(regularizer) for regularizer in self.regularizers.values())
+
+    @property
+    def are_learned(self) -> bool:
+        """Whether any regulariser has parameters."""
+        return any(map(is_learned, self.regularizers.values()))
+
+    def register(self, modules: Mapping[str, nn.Module]) -> None:
+        """Put regularisers that have parameters into their layers; nothing happens where they are there.
+
+        Args:
+            modules: name to layer.
+        """
+        missing = {name: layer for name, layer in modules.items() if self._is_missing(name, layer)}
+        made = {name: self._make(name, layer) for name, layer in missing.items()}  # before the model changes
+        for name, regularizer in made.items():
+            if is_learned(regularizer):
+                weight = next(modules[name].parameters(), torch.empty(0))
+                modules[name].add_module(LEARNED_CHILD, regularizer.to(weight.device))
+
+    def attach(self, modules: Mapping[str, nn.Module], device: torch.device) -> None:
+        """Hook the layers; those whose regulariser was forgotten get a new one.
+
+        Args:
+            modules: name to layer.
+            device: where the model is.
+
+        Raises:
+            ValueError: where a regulariser has parameters that are not in the model.
+        """
+        self.detach()
+        for name, layer in modules.items():
+            regularizer = self.regularizers[name] if name in self.regularizers else self._make(name, layer)
+            if is_learned(regularizer) and not self._is_registered(name, layer):
+                raise ValueError(
+                    f"regularizer={self.source!r}: has parameters, but those for {name!r} are not in the "
+                    "model: the layer was made after setup, or another StructuredDropout has taken it. Make "
+                    "the layers in __init__, or call register(self) of this callback at the end of "
+                    "configure_model"
+                )
+            for part in regularizer.modules():
+                if isinstance(part, Regularizer):
+                    part.shift = ranks.draw_shift()  # ranks that are seeded alike must not drop alike
+            regularizer.to(device)
+        self._injection = Injection(modules, {name: self.regularizers[name] for name in modules})
+        self.pause()
+        self._injection.attach()
+
+    def detach(self) -> None:
+        """Take every hook off; nothing happens where that is done."""
+        self._injection.detach()
+        self._injection = Injection({}, {})
+
+    def forget(self, modules: Mapping[str, nn.Module]) -> None:
+        """Forget the regularisers of an earlier training, but for those that are part of the model.
+
+        Args:
+            modules: name to layer.
+        """
+        kept = [name for name, layer in modules.items() if self._is_registered(name, layer)]
+        self.regularizers = {name: self.regularizers[name] for name in kept}
+
+    def begin_step(self, share: float) -> float:
+        """Set what the hooks do in the coming step.
+
+        Args:
+            share: the part of drop_prob to use, in [0, 1]; nothing is applied at 0.
+
+        Returns:
+            The largest drop probability in use, NaN where no regulariser tells one.
+        """
+        used = []
+        for name, hook in self._injection.hooks.items():
+            hook.active, hook.first_call = share > 0.0, True
+            regularizer: Any = self.regularizers[name]
+            used.append(self._drop_probs[name])
+            if has_drop_prob(regularizer):
+                used[-1] *= share
+                regularizer.set_drop_prob(used[-1])
+        return max((p for p in used if not math.isnan(p)), default=math.nan) if share > 0.0 else 0.0
+
+    def pause(self) -> None:
+        """Drop nothing until the next step begins."""
+        self._injection.pause()
+
+    def never_ran(self) -> list[str]:
+        """Name the layers that have not run in training since they were hooked, but for those in eval mode.
+
+        Returns:
+            Their names, in order.
+        """
+        return self._injection.never_ran()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of the regularisers that are not part of the model.
+
+        Returns:
+            Name to state_dict, on the CPU, of those that have any.
+        """
+        states = {n: r.state_dict() for n, r in self.regularizers.items() if not is_learned(r)}
+        return {
+            name: {key: value.cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
+            for name, state in states.items()
+            if state
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over the states of the regularisers of hooked layers.
+
+        Args:
+            state: what `state_dict` returned.
+
+        Raises:
+            ValueError: where a state does not fit its regulariser.
+        """
+        for name in self._injection.hooks.keys() & state.keys():
+            try:
+                self.regularizers[name].load_state_dict(state[name])
+            except RuntimeError as error:
+                raise ValueError(
+                    f"state_dict: of another regulariser than that of layer {name!r}: {error}"
+                ) from error
+
+    def _is_missing(self, name: str, layer: nn.Module) -> bool:
+        regularizer = self.regularizers.get(name)
+        return regularizer is None or (is_learned(regularizer) and not self._is_registered(name, layer))
+
+    def _is_registered(self, name: str, layer: nn.Module) -> bool:
+        child = layer._modules.get(LEARNED_CHILD)
+        return child is not None and child is self.regularizers.get(name)
+
+    def _make(self, name: str, layer: nn.Module) -> nn.Module:
+        """Make the regulariser of a layer, and note its full drop probability."""
+        regularizer = make_regularizer(self.source, layer, name)
+        check_setting("drop_prob", self.drop_prob, regularizer)
+        full = own_drop_prob(regularizer) if self.drop_prob is None else self.drop_prob
+        if has_drop_prob(regularizer) and math.isnan(full):
+            raise ValueError(
+                f"drop_prob=None: must be given, since {type(regularizer).__name__} has no such attribute"
+            )
+        self._drop_probs[name], self.regularizers[name] = full, regularizer
+        return regularizer
+
+
+def unregister(model: nn.Module) -> None:
+    """Take learned regularisers out of a model.
+
+    Args:
+        model: any.
+    """
+    for module in list(model.modules()):
+        module._modules.pop(LEARNED_CHILD, None)

@@ -1,0 +1,267 @@
+"""The callback's state as input: what is taken, and what each fault is called."""
+
+import re
+
+import pytest
+import torch
+
+from lightning_dropcluster import DropCluster
+from lightning_dropcluster.learning.clusters import clusters_from_labels
+from lightning_dropcluster.learning.reclustering import Reclustering
+from lightning_dropcluster.learning.scopes import SCOPES
+from lightning_dropcluster.learning.sketch import Sketch
+from lightning_dropcluster.learning.state import read_state
+
+LABELS = torch.arange(4).reshape(1, 2, 2).repeat(3, 1, 1)
+ENTRIES = ("scope", "progress", "clusters", "shapes", "windows_opened", "window", "reclustering", "memory")
+FAULTY_SHAPES = [None, 3, [], "322", [3, 0, 2], [3.0, 2, 2], [True, 2, 2]]
+MISSING = object()
+
+
+def good_state() -> dict:
+    """What a callback writes in mid-training, with a window open."""
+    sketch = Sketch((3, 2, 2), scope="map", num_samples=8)
+    sketch.update(torch.randn(4, 3, 2, 2))
+    return {
+        "scope": "map",
+        "progress": {
+            "origin": 2,
+            "passed": 3,
+            "began": [2, 10, 0],
+            "every": 5,
+            "counts_steps": False,
+        },
+        "clusters": {"conv1": clusters_from_labels(LABELS, SCOPES["map"], "conv1").state_dict()},
+        "shapes": {"conv1": [3, 2, 2]},
+        "windows_opened": 4,
+        "window": {"conv1": {"shape": list(sketch.shape), **sketch.state_dict()}},
+        "reclustering": None,
+        "memory": {"conv1": torch.zeros(3, 4, 8)},
+    }
+
+
+def awaited() -> dict:
+    """What is written of labels that training has not switched to yet."""
+    shapes, labels = {"conv1": (3, 2, 2)}, {"conv1": LABELS.flatten(1).int()}
+    return Reclustering(shapes, lambda: labels, wait_steps=5, in_background=False).state_dict()
+
+
+def altered(path: str, value: object) -> dict:
+    """Return a good state in which one entry, named by dots, is another or missing."""
+    state = good_state() | {"reclustering": awaited()}
+    *parents, last = path.split(".")
+    holder = state
+    for parent in parents:
+        holder = holder[parent]
+    if value is MISSING:
+        del holder[last]
+    else:
+        holder[last] = value
+    return state
+
+
+# What is taken
+
+
+def test_the_clusters_are_unpacked():
+    found = read_state(good_state(), "map")
+    assert list(found) == ["conv1"]
+    assert torch.equal(found["conv1"].labels, LABELS)
+
+
+def test_a_state_goes_through_a_file_that_holds_plain_values_only(tmp_path):
+    torch.save(good_state() | {"reclustering": awaited()}, tmp_path / "state")
+    found = read_state(torch.load(tmp_path / "state", weights_only=True), "map")
+    assert torch.equal(found["conv1"].labels, LABELS)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_state_of_a_callback_that_has_not_trained_is_taken(scope):
+    assert read_state(DropCluster("conv1", scope=scope).state_dict(), scope) == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("window", None),
+        ("window", {}),
+        ("reclustering", None),
+        ("clusters", {}),
+        ("shapes", {}),
+        ("windows_opened", 0),
+        ("progress.origin", None),
+        ("progress.passed", 0),
+        ("progress.began", None),
+        ("progress.began", [0, 0, 0]),
+        ("entry of a later version", 1),
+    ],
+)
+def test_a_state_of_another_moment_is_taken(path, value):
+    assert read_state(altered(path, value), "map").keys() <= {"conv1"}
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_missing_entry_is_named(entry):
+    with pytest.raises(
+        ValueError, match=f"^state_dict: {entry} missing; it was not written by this callback"
+    ):
+        read_state(altered(entry, MISSING), "map")
+
+
+def test_all_missing_entries_are_named():
+    with pytest.raises(ValueError, match=f"^state_dict: {', '.join(ENTRIES)} missing"):
+        read_state({}, "map")
+
+
+@pytest.mark.parametrize("entry", ["origin", "passed", "began", "every", "counts_steps"])
+def test_a_missing_entry_of_the_progress_is_named(entry):
+    with pytest.raises(ValueError, match=rf"^state_dict\['progress'\]: {entry} missing"):
+        read_state(altered(f"progress.{entry}", MISSING), "map")
+
+
+@pytest.mark.parametrize("entry", ["shape", "moments", "count"])
+def test_a_missing_entry_of_a_sketch_is_named(entry):
+    with pytest.raises(ValueError, match=rf"^state_dict\['window'\]\['conv1'\]: {entry} missing"):
+        read_state(altered(f"window.conv1.{entry}", MISSING), "map")
+
+
+@pytest.mark.parametrize("entry", ["wait_steps", "shapes", "labels"])
+def test_a_missing_entry_of_awaited_labels_is_named(entry):
+    with pytest.raises(ValueError, match=rf"^state_dict\['reclustering'\]: {entry} missing"):
+        read_state(altered(f"reclustering.{entry}", MISSING), "map")
+
+
+@pytest.mark.parametrize("state", [None, [], "state", 3])
+def test_a_state_that_is_no_mapping_is_a_type_error(state):
+    with pytest.raises(TypeError, match=f"^state_dict: must be a mapping, not {type(state).__name__}"):
+        read_state(state, "map")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("progress", "['progress']"),
+        ("clusters", "['clusters']"),
+        ("shapes", "['shapes']"),
+        ("window", "['window']"),
+        ("window.conv1", "['window']['conv1']"),
+        ("reclustering", "['reclustering']"),
+    ],
+)
+@pytest.mark.parametrize("value", [3, [], "x"])
+def test_an_entry_that_is_no_mapping_is_a_type_error(path, name, value):
+    message = re.escape(f"state_dict{name}: must be a mapping, not {type(value).__name__}")
+    with pytest.raises(TypeError, match=message):
+        read_state(altered(path, value), "map")
+
+
+@pytest.mark.parametrize("value", ["layer", "maps", None, 3, ["map"]])
+def test_another_scope_is_refused(value):
+    message = re.escape(f"state_dict: it was written with scope={value!r}, not scope='map'")
+    with pytest.raises(ValueError, match=message):
+        read_state(altered("scope", value), "map")
+
+
+@pytest.mark.parametrize("path", ["progress.origin", "progress.passed", "windows_opened"])
+@pytest.mark.parametrize("value", [-1, 1.0, True, "1", [1]])
+def test_a_faulty_count_is_named(path, value):
+    message = re.escape(f"state_dict: {path.split('.')[-1]}={value!r} must be an integer of at least 0")
+    with pytest.raises(ValueError, match=message):
+        read_state(altered(path, value), "map")
+
+
+@pytest.mark.parametrize("path", ["progress.passed", "windows_opened"])
+def test_only_the_origin_may_be_none(path):
+    with pytest.raises(ValueError, match="=None must be an integer"):
+        read_state(altered(path, None), "map")
+
+
+@pytest.mark.parametrize("value", [0.25, [1, 2], [1, 2, -1], [1, 2, 0.5], [True, 0, 0], "123"])
+def test_a_faulty_beginning_is_named(value):
+    message = re.escape(f"state_dict: began={value!r} must be None or epoch, step and batch, of at least 0")
+    with pytest.raises(ValueError, match=message):
+        read_state(altered("progress.began", value), "map")
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (None, ValueError, "state of layer 'conv1': must hold"),
+        (
+            {"table": LABELS.float(), "shape": [3, 2, 2]},
+            TypeError,
+            "labels of layer 'conv1': must be an integer",
+        ),
+        ({"table": LABELS, "shape": [4, 3]}, ValueError, "state of layer 'conv1': a table of shape"),
+        ({"table": LABELS + 1, "shape": [3, 2, 2]}, ValueError, "labels of layer 'conv1' are in"),
+    ],
+)
+def test_faulty_clusters_name_the_layer(value, error, message):
+    with pytest.raises(error, match=message):
+        read_state(altered("clusters.conv1", value), "map")
+
+
+@pytest.mark.parametrize("value", FAULTY_SHAPES)
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("shapes.conv1", "['shapes']['conv1']"), ("window.conv1.shape", "['window']['conv1']['shape']")],
+)
+def test_a_faulty_shape_names_the_layer(path, name, value):
+    message = re.escape(f"state_dict{name}={value!r}: must be a list (C, *spatial) of positive integers")
+    with pytest.raises(ValueError, match=message):
+        read_state(altered(path, value), "map")
+
+
+@pytest.mark.parametrize("value", [None, [[0, 1]], torch.zeros(4), torch.zeros(3, 2, 2)])
+def test_awaited_labels_that_are_no_table_name_the_layer(value):
+    message = re.escape(
+        "state_dict['reclustering']: labels of layer 'conv1' must be an int32 tensor of shape (3, 4)"
+    )
+    with pytest.raises(ValueError, match=message):
+        read_state(altered("reclustering.labels.conv1", value), "map")
+
+
+@pytest.mark.parametrize("value", [-1, 4])
+def test_awaited_labels_out_of_range_name_the_layer(value):
+    message = re.escape("labels of layer 'conv1' must be in [0, 4)")
+    with pytest.raises(ValueError, match=message):
+        read_state(altered("reclustering.labels.conv1", torch.full((3, 4), value).int()), "map")
+
+
+def test_awaited_steps_are_an_integer():
+    with pytest.raises(ValueError, match="wait_steps='x' must be an integer"):
+        read_state(altered("reclustering.wait_steps", "x"), "map")
+
+
+def test_awaited_labels_without_a_shape_name_the_layer():
+    message = re.escape("state_dict['reclustering']['shapes']: conv1 missing")
+    with pytest.raises(ValueError, match=message):
+        read_state(altered("reclustering.shapes.conv1", MISSING), "map")
+
+
+@pytest.mark.parametrize("path", ["progress.every", "progress.passed"])
+@pytest.mark.parametrize("value", [-1, 1.5, None, torch.tensor([])])
+def test_faulty_progress_is_named(path, value):
+    with pytest.raises(ValueError, match=rf"state_dict: {path.partition('.')[2]}=.* must be an integer"):
+        read_state(altered(path, value), "map")
+
+
+@pytest.mark.parametrize("value", [None, 1, torch.tensor([])])
+def test_what_progress_counts_is_a_bool(value):
+    with pytest.raises(TypeError, match=r"state_dict: counts_steps=.* must be a bool"):
+        read_state(altered("progress.counts_steps", value), "map")
+
+
+def test_labels_that_memory_did_not_suffice_for_do_not_hinder_a_checkpoint():
+    def fail():
+        raise MemoryError("too much")
+
+    job = Reclustering({"conv1": (3, 2, 2)}, fail, wait_steps=2, in_background=True)
+    state = job.state_dict()
+    assert state["labels"] == {}
+    read_state(good_state() | {"reclustering": state}, "map")
+    with pytest.warns(UserWarning, match="out of memory in reclustering; the old labels stay"):
+        assert job.result(torch.device("cpu")) == {}
