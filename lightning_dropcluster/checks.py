@@ -109,6 +109,23 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}")
 
 
+def check_text(name: str, value: Any) -> None:
+    """Check that a value is a string with something in it.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+
+    Raises:
+        TypeError: where it is no string.
+        ValueError: where it is empty.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name}={describe(value)}: must be a string, not {type(value).__name__}")
+    if not value:
+        raise ValueError(f"{name}={value!r}: must not be empty")
+
+
 def check_bool(name: str, value: Any) -> None:
     """Check that a value is True or False.
 

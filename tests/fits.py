@@ -99,6 +99,13 @@ class At(pl.Callback):
         self.act(trainer, pl_module)
 
 
+class Seeds(pl.Callback):
+    """Seed each step by its number, so that a resumed run draws like one that was never interrupted."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        torch.manual_seed(trainer.global_step)
+
+
 def count_hooks(module: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
 

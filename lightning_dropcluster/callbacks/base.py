@@ -3,13 +3,16 @@
 import importlib
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_dropcluster import ranks
+from lightning_dropcluster.callbacks.auto_drop_prob import AutoDropProb
 from lightning_dropcluster.callbacks.schedule import Schedule, TrainingPosition
+from lightning_dropcluster.checks import check_bool, check_number, check_text
 from lightning_dropcluster.layers.injection import unused_layers_error
+from lightning_dropcluster.layers.norm_statistics import NormStatistics, is_clean_step
 from lightning_dropcluster.layers.selection import (
     Layers,
     LayerTypes,
@@ -17,6 +20,7 @@ from lightning_dropcluster.layers.selection import (
     check_patterns,
     select_layers,
 )
+from lightning_dropcluster.learning.state import check_clean_steps
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule, Trainer
@@ -47,10 +51,14 @@ class LayerCallback(_Base):
         layers: which layers, see `select_layers`.
         layer_types: the module types that patterns may pick; conv layers where it is ``None``.
         schedule: from the trainer's counters to the part of drop_prob in use.
+        drop_prob: at the end of the schedule; ``"auto"`` follows ``monitor``; ``None`` where the layers know.
+        monitor: the validation loss that ``"auto"`` looks at.
+        max_drop_prob: the most that ``"auto"`` drops.
+        clean_statistics: whether running averages are to be those of steps that drop nothing.
 
     Raises:
-        TypeError: where a pattern or a layer type is none.
-        ValueError: where a pattern is empty or does not compile.
+        TypeError: where an argument has a wrong type.
+        ValueError: where an argument is out of its range.
     """
 
     log_name: ClassVar[str]
@@ -61,12 +69,25 @@ class LayerCallback(_Base):
         layers: Layers,
         layer_types: LayerTypes | None,
         schedule: Schedule,
+        *,
+        drop_prob: float | Literal["auto"] | None,
+        monitor: str,
+        max_drop_prob: float,
+        clean_statistics: bool,
     ) -> None:
         super().__init__()
         check_patterns(layers)
         check_layer_types(layer_types)
+        check_text("monitor", monitor)
+        max_drop_prob = check_number("max_drop_prob", max_drop_prob, 0, 1, high_open=True)
+        check_bool("clean_statistics", clean_statistics)
         self.layers, self.layer_types = layers, layer_types
+        self.drop_prob = drop_prob
+        self.monitor, self.max_drop_prob, self.clean_statistics = monitor, max_drop_prob, clean_statistics
+        self._auto = AutoDropProb(max_drop_prob) if drop_prob == "auto" else None
         self._schedule = schedule
+        self._statistics = NormStatistics()
+        self._has_clean_steps = self._drops = False
         self._hooked: dict[str, nn.Module] = {}
         self._drop_prob_now = 0.0
         self._loaded: dict[str, Any] | None = None
@@ -76,9 +97,10 @@ class LayerCallback(_Base):
 
     @property
     def drop_prob_now(self) -> float:
-        """The drop probability of this training step, or of the last; 0 before anything is dropped.
+        """The drop probability at this point of training; 0 before anything is dropped.
 
-        NaN where a regulariser is applied that has none.
+        Steps that drop nothing for the sake of clean statistics do not change it. NaN where a regulariser is
+        applied that has none.
         """
         return self._drop_prob_now
 
@@ -96,6 +118,7 @@ class LayerCallback(_Base):
         self._meet_others(trainer, modules)
         self._hooked = modules
         self._attach(trainer, pl_module)
+        self._attach_statistics(trainer, pl_module)
         self._check_start(trainer)
         self._apply_loaded()
 
@@ -116,20 +139,30 @@ class LayerCallback(_Base):
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Set the drop probability of the step."""
-        share, is_due = self._schedule.advance(_position(trainer, batch_idx))
+        fraction, is_due = self._schedule.advance(_position(trainer, batch_idx))
         if _only_updates_statistics(trainer):
-            share, is_due = 0.0, False
+            fraction, is_due = 0.0, False
         if is_due or (self._schedule.has_begun and batch_idx == 0):
             self._warn_of_idle_layers(pl_module)
-        self._drop_prob_now = self._begin_step(share, is_due)
+        is_clean = self._has_clean_steps and is_clean_step(trainer.fit_loop.epoch_loop.total_batch_idx)
+        self._drop_prob_now = self._begin_step(fraction, is_due, is_clean)
+        self._drops = self._drop_prob_now != 0.0 and not is_clean
+        self._statistics.begin_step(self._drops)
         if not (trainer.barebones or math.isnan(self._drop_prob_now)):
             pl_module.log(f"{self._log_prefix}/drop_prob", self._drop_prob_now, batch_size=1)
+
+    def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Put running averages back before other callbacks see them; recomputed forwards move them too."""
+        self._statistics.put_back()
 
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Fail where a layer of a new training has not run in a whole epoch; before the start, warn."""
         self._layers.pause()
+        self._statistics.end_step()
+        if self._auto is not None and not self._drops:
+            self._add_loss(trainer, outputs)
         self._saw_first_batch |= batch_idx == 0
         if not (self._is_fresh and self._saw_first_batch and trainer.is_last_batch):
             return
@@ -142,6 +175,24 @@ class LayerCallback(_Base):
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Drop nothing where the last batch was skipped, and so never ended."""
         self._layers.pause()
+        self._statistics.cancel_step()
+
+    def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Let the drop probability follow the validation loss."""
+        if self._auto is None or not self._hooked or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        loss = trainer.callback_metrics.get(self.monitor)
+        if not self._auto.compare(None if loss is None else float(loss), pl_module.device):
+            logged = ", ".join(map(repr, sorted(trainer.callback_metrics))) or "nothing"
+            raise ValueError(
+                f"monitor={self.monitor!r}: drop_prob='auto' needs it, but validation did not log it; "
+                f"logged: {logged}"
+            )
+        if not self._auto.has_losses:
+            raise ValueError(
+                "drop_prob='auto': needs the training loss; let training_step return it, also with manual "
+                "optimisation"
+            )
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Say so where the start was never reached."""
@@ -150,6 +201,8 @@ class LayerCallback(_Base):
             self._warn(
                 f"start={schedule.start!r} was not reached before training ended, so nothing was dropped"
             )
+        elif self._auto is not None and not (self._auto.has_compared or is_trial(trainer)):
+            self._warn("drop_prob='auto': training ended before a validation did, so nothing was dropped")
 
     def on_exception(
         self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
@@ -170,6 +223,8 @@ class LayerCallback(_Base):
         Nothing happens where no hook is on.
         """
         self._layers.detach()
+        self._statistics.cancel_step()
+        self._statistics = NormStatistics(self._statistics.left_out)
         self._hooked = {}
         self._drop_prob_now = 0.0
         self._is_fresh = self._saw_first_batch = False
@@ -184,7 +239,12 @@ class LayerCallback(_Base):
         """
         if self._loaded is not None and not self._hooked:
             return self._loaded
-        return {"progress": self._schedule.state_dict(), **self._state()}
+        return {
+            "progress": self._schedule.state_dict(),
+            "left_out": self._statistics.left_out,
+            "auto": None if self._auto is None else self._auto.state_dict(),
+            **self._state(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state; where the layers are not hooked yet, as soon as they are.
@@ -197,6 +257,7 @@ class LayerCallback(_Base):
             ValueError: where an entry is missing or out of its range.
         """
         self._read_state(state_dict)
+        check_clean_steps(state_dict)
         self._loaded, self._was_loaded = state_dict, True
         if self._hooked:
             self._apply_loaded()
@@ -208,6 +269,9 @@ class LayerCallback(_Base):
         if self._loaded is not None:
             state, self._loaded = self._loaded, None
             self._schedule.load_state_dict(state["progress"])
+            self._statistics.left_out = state.get("left_out", 0)
+            if self._auto is not None and state.get("auto") is not None:
+                self._auto.load_state_dict(state["auto"])
             self._load(state)
 
     def _key(self, **settings: Any) -> str:
@@ -225,20 +289,21 @@ class LayerCallback(_Base):
     def _reset(self) -> None:
         """Go back to before the start."""
         self._schedule.reset()
+        self._statistics.left_out = 0
+        if self._auto is not None:
+            self._auto.reset()
 
     def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Hook ``self._hooked``; forget an earlier training where a new one begins."""
         raise NotImplementedError
 
-    def _begin_step(self, share: float, is_due: bool) -> float:
-        """Prepare for a step.
+    def _begin_step(self, fraction: float, is_due: bool, is_clean: bool) -> float:
+        """Prepare for a step, and return the drop probability that it would use if it were not clean.
 
         Args:
-            share: the part of drop_prob to use, in [0, 1].
+            fraction: of drop_prob, in [0, 1].
             is_due: whether a due moment of the schedule, the first at the start, has just come.
-
-        Returns:
-            The drop probability in use.
+            is_clean: whether the step is to drop nothing.
         """
         raise NotImplementedError
 
@@ -254,11 +319,38 @@ class LayerCallback(_Base):
         """Take over a checked state; the hooks are on."""
         raise NotImplementedError
 
+    @property
+    def _full_drop_prob(self) -> float:
+        """What the schedule leads to."""
+        return self._auto.drop_prob if self._auto is not None else self.drop_prob
+
+    # Clean steps
+
+    def _attach_statistics(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Look for running averages; callbacks of one Trainer look after them together."""
+        if self._auto is not None and not trainer.enable_validation:
+            raise ValueError(
+                "drop_prob='auto': needs validation, so give fit validation data, define validation_step and "
+                "leave limit_val_batches above 0; or give drop_prob as a number"
+            )
+        self._has_clean_steps = self._auto is not None
+        if self.clean_statistics:
+            for other in self._others_before(trainer):
+                if other.clean_statistics:
+                    self._statistics = other._statistics
+            self._has_clean_steps |= self._statistics.attach(pl_module)
+
+    def _add_loss(self, trainer: "Trainer", outputs: Any) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and self._auto is not None:
+            parts = trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else 1
+            self._auto.add(loss * parts)  # Lightning has divided it
+
     # The others and the user
 
     def _meet_others(self, trainer: "Trainer", modules: Mapping[str, nn.Module]) -> None:
         """Log under a name of its own, and share no layer with another such callback of the Trainer."""
-        earlier = [other for other in self._listed_before(trainer) if isinstance(other, LayerCallback)]
+        earlier = self._others_before(trainer)
         for other in earlier:
             taken = {id(module) for module in other._hooked.values()}  # a module may have two names
             shared = [name for name, module in modules.items() if id(module) in taken]
@@ -269,6 +361,9 @@ class LayerCallback(_Base):
                 )
         position = sum(other.log_name == self.log_name for other in earlier)
         self._log_prefix = f"{self.log_name}-{position}" if position else self.log_name
+
+    def _others_before(self, trainer: "Trainer") -> "list[LayerCallback]":
+        return [other for other in self._listed_before(trainer) if isinstance(other, LayerCallback)]
 
     def _listed_before(self, trainer: "Trainer") -> list[Any]:
         """List the callbacks before this one; all where another callback holds it."""
@@ -300,6 +395,13 @@ class LayerCallback(_Base):
 
     def _warn(self, message: str) -> None:
         ranks.warn(message, type(self).__name__)
+
+
+def check_drop_prob(drop_prob: Any) -> Any:
+    """Return a number in [0, 1), or ``"auto"``; anything else is an error."""
+    if isinstance(drop_prob, str) and drop_prob != "auto":
+        raise TypeError(f"drop_prob={drop_prob!r}: must be a number in [0, 1) or 'auto'")
+    return drop_prob if drop_prob == "auto" else check_number("drop_prob", drop_prob, 0, 1, high_open=True)
 
 
 def is_trial(trainer: "Trainer") -> bool:

@@ -4,14 +4,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_dropcluster.callbacks.base import LayerCallback, is_trial, logger_step
+from lightning_dropcluster.callbacks.base import LayerCallback, check_drop_prob, is_trial, logger_step
 from lightning_dropcluster.callbacks.progress_bar import WaitingLine
-from lightning_dropcluster.callbacks.ramps import make_ramp
+from lightning_dropcluster.callbacks.ramps import default_ramp, make_ramp
 from lightning_dropcluster.callbacks.schedule import Schedule
 from lightning_dropcluster.checks import MAX_INT, check_bool, check_number
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, TorchKMeans
@@ -47,7 +47,9 @@ class DropCluster(LayerCallback):
             stays inside a segment, ``**`` crosses dots), a regular expression after ``"re:"``, a callable
             (name, module) -> bool, or a list of these. See `select_layers`.
         drop_prob: probability in [0, 1) that a cluster, and so each of its features, is dropped once the
-            schedule has reached its end.
+            schedule has reached its end. ``"auto"`` follows how much the network overfits: after each
+            validation it moves half the way to (validation loss - training loss) / (loss of the first step),
+            the training loss being that of steps that drop nothing.
         num_clusters: clusters per feature map (per layer for the other scopes); or
         cluster_size: mean number of features per cluster, at least 1. 16 when neither is given.
         scope: what is grouped: ``"map"``, the features within each feature map; ``"position"``, positions,
@@ -57,7 +59,8 @@ class DropCluster(LayerCallback):
             [0, 1), an integer an epoch. The fraction is that of ``max_epochs`` or ``max_steps``, whichever
             is farther on.
         schedule: how drop_prob grows from ``start`` to the end of training: ``"linear"``, ``"cosine"``,
-            ``"constant"``, or a callable fraction -> fraction.
+            ``"constant"``, or a callable fraction -> fraction. Where it is ``None``, ``"linear"``, or
+            ``"constant"`` with ``drop_prob="auto"``.
         every_n_epochs: recluster every that many epochs from ``start`` on; 0 for never again. 5 when neither
             this nor the next is given.
         every_n_train_steps: recluster every that many optimiser steps instead.
@@ -78,10 +81,15 @@ class DropCluster(LayerCallback):
             distance between opposite edges of a map, where uncorrelated profiles have a distance of 1.41;
             at most a million.
         overlap_steps: above 0, cluster in the background and switch to the labels that many steps later.
+        clean_statistics: let BatchNorm's running averages follow one step in eight, which drops nothing, so
+            that they fit evaluation (https://arxiv.org/abs/1801.05134). Models without such averages are
+            trained as without it.
         layer_types: the module types that patterns may pick; conv layers where it is ``None``.
         initial_labels: labels to start from, as ``labels`` gives them, or the path of a checkpoint of an
             earlier run. Where they are there for every chosen layer they take the place of the first
             clustering.
+        monitor: the validation loss that ``drop_prob="auto"`` looks at, by the name that it is logged under.
+        max_drop_prob: the most that ``drop_prob="auto"`` drops, in [0, 1).
         log_pictures: send pictures of new clusters to loggers that take images; at most 2 % of the time goes
             into them.
         seed: of the sketch and the clustering; the draw of what is dropped uses torch's generator.
@@ -101,13 +109,13 @@ class DropCluster(LayerCallback):
     def __init__(
         self,
         layers: Layers,
-        drop_prob: float = 0.15,
+        drop_prob: float | Literal["auto"] = 0.15,
         *,
         num_clusters: int | None = None,
         cluster_size: float | None = None,
         scope: str = "map",
         start: int | float = 0.25,
-        schedule: str | Callable[[float], float] = "linear",
+        schedule: str | Callable[[float], float] | None = None,
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
         num_samples: int = 1024,
@@ -119,12 +127,15 @@ class DropCluster(LayerCallback):
         paired: bool = False,
         position_weight: float = 0.0,
         overlap_steps: int = 0,
+        clean_statistics: bool = True,
         layer_types: LayerTypes | None = None,
         initial_labels: str | PathLike[str] | Mapping[str, Tensor] | None = None,
+        monitor: str = "val_loss",
+        max_drop_prob: float = 0.8,
         log_pictures: bool = True,
         seed: int = 0,
     ) -> None:
-        drop_prob = check_number("drop_prob", drop_prob, 0, 1, high_open=True)
+        drop_prob = check_drop_prob(drop_prob)
         grouping = Grouping(scope, num_clusters, cluster_size, position_weight)
         num_samples = check_number("num_samples", num_samples, 1, MAX_INT, integer=True)
         sketch_dim = check_number("sketch_dim", sketch_dim, 1, MAX_INT, integer=True)
@@ -137,9 +148,17 @@ class DropCluster(LayerCallback):
         overlap_steps = check_number("overlap_steps", overlap_steps, 0, integer=True)
         seed = check_number("seed", seed, 0, MAX_INT, integer=True)
 
-        when = Schedule(start, make_ramp(schedule), every_n_epochs, every_n_train_steps)
-        super().__init__(layers, layer_types, when)
-        self.drop_prob, self.scope = drop_prob, scope
+        ramp = make_ramp(default_ramp(drop_prob) if schedule is None else schedule)
+        super().__init__(
+            layers,
+            layer_types,
+            Schedule(start, ramp, every_n_epochs, every_n_train_steps),
+            drop_prob=drop_prob,
+            monitor=monitor,
+            max_drop_prob=max_drop_prob,
+            clean_statistics=clean_statistics,
+        )
+        self.scope = scope
         self._pictures = PictureLog(scope) if log_pictures else None
         self._first_clusters: dict[str, Clusters] = {}
         if initial_labels is not None:
@@ -224,10 +243,10 @@ class DropCluster(LayerCallback):
         if trainer.is_global_zero:
             self._layers.waiting = WaitingLine(trainer.progress_bar_callback)
 
-    def _begin_step(self, share: float, is_due: bool) -> float:
+    def _begin_step(self, fraction: float, is_due: bool, is_clean: bool) -> float:
         if is_due:
             self._layers.open_window()
-        return self._layers.begin_step(self.drop_prob * share)
+        return self._layers.begin_step(self._full_drop_prob * fraction, is_clean=is_clean)
 
     # Uncertainty
 
@@ -255,7 +274,7 @@ class DropCluster(LayerCallback):
             ...     with callback.sampling(model.eval()):
             ...         return torch.stack([model(x).softmax(1) for _ in range(20)]).mean(0)
         """
-        used = self.drop_prob if drop_prob is None else drop_prob
+        used = self._full_drop_prob if drop_prob is None else drop_prob
         used = check_number("drop_prob", used, 0, 1, high_open=True)
         # Eagerly: a fit under way would have to compile everything anew, after each sampling.
         with self._layers.make_sampler(model, used), torch.compiler.set_stance("force_eager"):

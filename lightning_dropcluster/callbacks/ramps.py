@@ -58,6 +58,11 @@ def constant(fraction: float) -> float:
 RAMPS: dict[str, Ramp] = {"linear": linear, "cosine": cosine, "constant": constant}
 
 
+def default_ramp(drop_prob: object) -> str:
+    """Name the ramp where none is given: a drop probability that follows a loss needs none."""
+    return "constant" if drop_prob == "auto" else "linear"
+
+
 def make_ramp(schedule: str | Ramp) -> Ramp:
     """Return the function of a name, or check the function given.
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from lightning_dropcluster.callbacks.base import LayerCallback
-from lightning_dropcluster.callbacks.ramps import constant, make_ramp
+from lightning_dropcluster.callbacks.base import LayerCallback, check_drop_prob
+from lightning_dropcluster.callbacks.ramps import constant, default_ramp, make_ramp
 from lightning_dropcluster.callbacks.schedule import Schedule
-from lightning_dropcluster.checks import check_choice, check_number
+from lightning_dropcluster.checks import check_choice
 from lightning_dropcluster.layers.selection import Layers, LayerTypes, select_layers
 from lightning_dropcluster.learning.state import check_regularizers
 from lightning_dropcluster.methods import REGULARIZERS
@@ -38,12 +38,17 @@ class StructuredDropout(LayerCallback):
             needs labels; or a class or function that makes a module, of nothing or of one argument, the
             layer's number of channels.
         drop_prob: drop probability in [0, 1) at the end of the schedule; where it is ``None``, the module's
-            own. Only for modules with ``set_drop_prob``.
+            own; ``"auto"`` follows how much the network overfits, as in `DropCluster`. Only for modules with
+            ``set_drop_prob``.
         start: when dropping begins: a float is a fraction of training in [0, 1), an integer an epoch.
         schedule: how drop_prob grows from ``start`` to the end of training: ``"linear"``, also where it is
             ``None``, ``"cosine"``, ``"constant"``, or a callable fraction -> fraction. Only for modules with
             ``set_drop_prob``; others are applied as they are from ``start`` on.
+        clean_statistics: let BatchNorm's running averages follow one step in eight, which drops nothing; see
+            `DropCluster`.
         layer_types: the module types that patterns may pick; conv layers where it is ``None``.
+        monitor: the validation loss that ``drop_prob="auto"`` looks at.
+        max_drop_prob: the most that ``drop_prob="auto"`` drops, in [0, 1).
 
     Raises:
         TypeError: where an argument has a wrong type.
@@ -62,11 +67,14 @@ class StructuredDropout(LayerCallback):
         self,
         layers: Layers,
         regularizer: nn.Module | str | Callable[..., nn.Module],
-        drop_prob: float | None = None,
+        drop_prob: float | Literal["auto"] | None = None,
         *,
         start: int | float = 0,
         schedule: str | Callable[[float], float] | None = None,
+        clean_statistics: bool = True,
         layer_types: LayerTypes | None = None,
+        monitor: str = "val_loss",
+        max_drop_prob: float = 0.8,
     ) -> None:
         if isinstance(regularizer, str):
             check_choice(
@@ -77,15 +85,22 @@ class StructuredDropout(LayerCallback):
                 f"regularizer={regularizer!r}: must be a torch.nn.Module, the name of one, or a callable "
                 f"that makes one, not {type(regularizer).__name__}"
             )
-        if drop_prob is not None:
-            drop_prob = check_number("drop_prob", drop_prob, 0, 1, high_open=True)
+        drop_prob = None if drop_prob is None else check_drop_prob(drop_prob)
         source = REGULARIZERS[regularizer] if isinstance(regularizer, str) else regularizer
-        ramp = make_ramp("linear" if schedule is None else schedule)
-        super().__init__(layers, layer_types, Schedule(start, ramp, every_n_epochs=0))
-        self.regularizer, self.drop_prob, self.schedule = regularizer, drop_prob, schedule
+        ramp = make_ramp(default_ramp(drop_prob) if schedule is None else schedule)
+        super().__init__(
+            layers,
+            layer_types,
+            Schedule(start, ramp, every_n_epochs=0),
+            drop_prob=drop_prob,
+            monitor=monitor,
+            max_drop_prob=max_drop_prob,
+            clean_statistics=clean_statistics,
+        )
+        self.regularizer, self.schedule = regularizer, schedule
         if isinstance(source, nn.Module | type):
             self._check_settings(source)
-        self._layers = RegularizedLayers(source, drop_prob)
+        self._layers = RegularizedLayers(source, None if drop_prob is None else self._full_drop_prob)
 
     @property
     def regularizers(self) -> dict[str, nn.Module]:
@@ -120,8 +135,9 @@ class StructuredDropout(LayerCallback):
         if not self._layers.have_drop_prob:
             self._schedule.ramp = constant
 
-    def _begin_step(self, share: float, is_due: bool) -> float:
-        return self._layers.begin_step(share)
+    def _begin_step(self, fraction: float, is_due: bool, is_clean: bool) -> float:
+        own = self.drop_prob is None
+        return self._layers.begin_step(fraction, None if own else self._full_drop_prob, is_clean=is_clean)
 
     # Learned regularisers
 

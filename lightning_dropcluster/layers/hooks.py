@@ -36,6 +36,8 @@ class LayerHook:
 
     Attributes:
         active: whether to regularise.
+        touches: whether the parameters of a regulariser that is not active take part all the same, with
+            gradients of zero: DDP waits for those of every parameter in every step.
         sketch: where to gather, ``None`` while no window is open. Activations of another shape are left out.
         first_call: whether the next call is the first of its step. Only that one is gathered: a layer may run
             several times in a step, and activation checkpointing runs it again in the backward pass.
@@ -49,7 +51,7 @@ class LayerHook:
     ) -> None:
         self.name, self.regularizer, self.in_eval = name, regularizer, in_eval
         self.sketch: Gatherer | None = None
-        self.active, self.first_call, self.fired = True, False, False
+        self.active, self.touches, self.first_call, self.fired = True, False, False, False
         self.shape: tuple[int, ...] | None = None
         self.other_channels: int | None = None
         # A conv says how many dimensions a batch has; of other layers anything with a batch will do.
@@ -75,7 +77,11 @@ class LayerHook:
         self._check(module, output)
         self.fired = True
         self._gather(output)
-        return self._regularize(output) if self.active and self.regularizer is not None else None
+        if self.regularizer is None:
+            return None
+        if self.active:
+            return self._regularize(output)
+        return self._touch(output) if self.touches else None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _CopiedHook, ()
@@ -109,6 +115,10 @@ class LayerHook:
                 f"{tuple(x.shape)} as it was given, but returned {_describe(made)}"
             )
         return made.to(x.dtype)
+
+    def _touch(self, x: Tensor) -> Tensor:
+        parameters = self.regularizer.parameters()  # pyright: ignore[reportOptionalMemberAccess]
+        return sum((0.0 * parameter.sum().to(x.dtype) for parameter in parameters), start=x)
 
 
 class _CopiedHook:

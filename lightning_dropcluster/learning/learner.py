@@ -139,19 +139,20 @@ class ClusteredLayers:
         if self.hooks.keys() - self.clusters.keys():
             self.open_window()
 
-    def begin_step(self, drop_prob: float) -> float:
+    def begin_step(self, drop_prob: float, *, is_clean: bool = False) -> float:
         """Set what the hooks do in the coming step.
 
         Args:
             drop_prob: for the layers that have clusters.
+            is_clean: whether the step is to drop nothing.
 
         Returns:
-            The probability in use: 0 before the first clusters.
+            The probability in use but for clean steps: 0 before the first clusters.
         """
         if self.window is not None:
             self.window.arm()
         for name, hook in self.hooks.items():
-            used = drop_prob if name in self.clusters else 0.0
+            used = drop_prob if name in self.clusters and not is_clean else 0.0
             hook.active, hook.first_call = used > 0.0 or self.window is not None, True
             if hook.sketch is not None and hook.regularizer is None:
                 # One variant less to compile: before the first clusters drop with probability 0.

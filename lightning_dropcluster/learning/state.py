@@ -62,6 +62,21 @@ def check_regularizers(state: Any) -> None:
         _require_mapping(f"state_dict['regularizers'][{name!r}]", tensors)
 
 
+def check_clean_steps(state: Mapping[str, Any]) -> None:
+    """Check what a callback's state says of its clean steps; those of older versions say nothing."""
+    _check_count("left_out", state.get("left_out", 0))
+    auto = state.get("auto")
+    if auto is None:
+        return
+    _require_entries("state_dict['auto']", auto, ("drop_prob", "first", "sum", "count"))
+    _check_count("count", auto["count"])
+    for name in ("drop_prob", "first", "sum"):
+        if not (isinstance(auto[name], int | float) or (name == "first" and auto[name] is None)):
+            raise ValueError(f"state_dict['auto']: {name}={auto[name]!r} must be a number")
+    if not 0.0 <= auto["drop_prob"] < 1.0:
+        raise ValueError(f"state_dict['auto']: drop_prob={auto['drop_prob']!r} must be in [0, 1)")
+
+
 def _check_progress(progress: Any) -> None:
     _require_entries("state_dict['progress']", progress, _PROGRESS)
     if type(progress["counts_steps"]) is not bool:

@@ -100,24 +100,28 @@ class RegularizedLayers:
         kept = [name for name, layer in modules.items() if self._is_registered(name, layer)]
         self.regularizers = {name: self.regularizers[name] for name in kept}
 
-    def begin_step(self, share: float) -> float:
+    def begin_step(self, fraction: float, drop_prob: float | None = None, *, is_clean: bool = False) -> float:
         """Set what the hooks do in the coming step.
 
         Args:
-            share: the part of drop_prob to use, in [0, 1]; nothing is applied at 0.
+            fraction: of the drop probability to use, in [0, 1]; nothing is applied at 0.
+            drop_prob: in place of each regulariser's own.
+            is_clean: whether nothing is to be applied in this step.
 
         Returns:
-            The largest drop probability in use, NaN where no regulariser tells one.
+            The largest drop probability in use but for clean steps, NaN where no regulariser tells one.
         """
-        used = []
+        used = {name: full if drop_prob is None else drop_prob for name, full in self._drop_probs.items()}
         for name, hook in self._injection.hooks.items():
-            hook.active, hook.first_call = share > 0.0, True
             regularizer: Any = self.regularizers[name]
-            used.append(self._drop_probs[name])
             if has_drop_prob(regularizer):
-                used[-1] *= share
-                regularizer.set_drop_prob(used[-1])
-        return max((p for p in used if not math.isnan(p)), default=math.nan) if share > 0.0 else 0.0
+                used[name] *= fraction
+                regularizer.set_drop_prob(used[name])
+            would_act, hook.first_call = fraction > 0.0 and used[name] != 0.0, True
+            hook.active = would_act and not is_clean
+            hook.touches = would_act and is_clean and is_learned(regularizer)
+        told = [used[name] for name in self._injection.hooks if not math.isnan(used[name])]
+        return max(told, default=math.nan) if fraction > 0.0 else 0.0
 
     def pause(self) -> None:
         """Drop nothing until the next step begins."""

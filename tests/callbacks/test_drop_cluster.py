@@ -243,7 +243,7 @@ def test_both_namespaces(loader, namespace):
 
 
 @pytest.mark.parametrize("moment", ["before fit", "configure_model", "after validate", "in place"])
-def test_compiled_models_compile_three_times_and_never_break(loader, moment):
+def test_compiled_models_compile_four_times_and_never_break(loader, moment):
     from torch._dynamo.testing import CompileCounter
 
     counter = CompileCounter()
@@ -266,7 +266,7 @@ def test_compiled_models_compile_three_times_and_never_break(loader, moment):
         counter.clear()
     trainer.fit(module, loader)
     assert list(callback.labels) == ["model.layer1.0.conv2", "model.layer2.0.conv2"]
-    assert counter.frame_count == 3
+    assert counter.frame_count == 4  # idle, gathering, dropping, and clean steps in between
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])

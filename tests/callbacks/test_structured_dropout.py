@@ -109,7 +109,7 @@ def test_every_regulariser_by_name(loader, name):
 
 def test_each_layer_has_a_module_of_its_own(loader):
     given = nn.Sequential(nn.Dropout2d(), Counter())
-    callback = StructuredDropout(LAYERS, given)
+    callback = StructuredDropout(LAYERS, given, clean_statistics=False)
     make_trainer(callback, max_epochs=1).fit(Classifier(), loader)
     assert list(callback.regularizers) == NAMES
     assert given[1].calls == 0
@@ -194,7 +194,8 @@ def test_only_training_drops(loader):
             )
 
     module = Classifier()
-    trainer = make_trainer(StructuredDropout("conv1", nn.Dropout2d()), Look(), max_epochs=1)
+    callback = StructuredDropout("conv1", nn.Dropout2d(), clean_statistics=False)
+    trainer = make_trainer(callback, Look(), max_epochs=1)
     trainer.fit(module, loader, loader)
     trainer.test(module, loader, verbose=False)
     assert stages == {"sanity_check": {False}, "train": {True}, "validate": {False}, "test": {False}}
@@ -213,7 +214,7 @@ def test_nothing_is_left_attached_after_an_error(loader, error, learned):
     assert count_hooks(module) == 0
 
 
-def test_compiled_models_compile_twice_and_never_break(loader):
+def test_compiled_models_compile_little_and_never_break(loader):
     from torch._dynamo.testing import CompileCounter
 
     for regularizer in ("drop_block", nn.Dropout2d(), Gate):
@@ -221,7 +222,7 @@ def test_compiled_models_compile_twice_and_never_break(loader):
         counter, module = CompileCounter(), Classifier()
         module.model.compile(backend=counter, fullgraph=True)
         make_trainer(StructuredDropout(LAYERS, regularizer, start=1)).fit(module, loader)
-        assert counter.frame_count == 2
+        assert counter.frame_count == 2 + (regularizer is Gate)  # in clean steps its parameters take part
 
 
 @pytest.mark.parametrize("regularizer", [DropBlock(0.4, block_size=3), nn.Dropout2d(), Gate, Counter])
@@ -249,7 +250,7 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(loader, tmp_path, r
 
 
 def test_a_second_fit_starts_afresh_and_a_continued_one_goes_on(loader):
-    callback, module = StructuredDropout("conv1", Counter), Classifier()
+    callback, module = StructuredDropout("conv1", Counter, clean_statistics=False), Classifier()
     trainer = make_trainer(callback, max_epochs=2)
     trainer.fit(module, loader)
     trainer.fit_loop.max_epochs = 3

@@ -1,0 +1,125 @@
+"""Running averages that follow clean steps alone, step by step and without a Trainer."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from lightning_dropcluster.layers.norm_statistics import CLEAN_EVERY, NormStatistics, is_clean_step
+
+NORMS = {
+    "BatchNorm2d": nn.BatchNorm2d,
+    "no affine": lambda n: nn.BatchNorm2d(n, affine=False),
+    "cumulative": lambda n: nn.BatchNorm2d(n, momentum=None),
+    "slow": lambda n: nn.BatchNorm2d(n, momentum=0.01),
+    "BatchNormAct2d": BatchNormAct2d,
+    "InstanceNorm2d": lambda n: nn.InstanceNorm2d(n, track_running_stats=True),
+}
+
+
+def step(statistics: NormStatistics, norm: nn.Module, x: torch.Tensor, drops: bool, calls: int = 1) -> None:
+    statistics.begin_step(drops)
+    for _ in range(calls):
+        norm(2 * x if drops else x)
+    statistics.end_step()
+
+
+def averages(norm: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in norm.named_buffers()}
+
+
+@given(st.integers(0, 10**6))
+def test_one_step_in_each_block_is_clean(block):
+    batches = range(block * CLEAN_EVERY, (block + 1) * CLEAN_EVERY)
+    assert sum(map(is_clean_step, batches)) == 1
+
+
+def test_the_first_step_is_clean_and_places_change():
+    places = {batch % CLEAN_EVERY for batch in range(64 * CLEAN_EVERY) if is_clean_step(batch)}
+    assert is_clean_step(0)
+    assert len(places) == CLEAN_EVERY
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_step_that_drops_leaves_no_trace(name):
+    norm, x = NORMS[name](3), torch.randn(8, 3, 4, 4)
+    statistics = NormStatistics()
+    assert statistics.attach(norm)
+    before = averages(norm)
+    step(statistics, norm, x, drops=True)
+    assert all(torch.equal(value, before[key]) for key, value in averages(norm).items())
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_without_dropping_nothing_is_changed(name):
+    x, plain, watched = torch.randn(5, 8, 3, 4, 4), NORMS[name](3), NORMS[name](3)
+    statistics = NormStatistics()
+    statistics.attach(watched)
+    for batch in x:
+        plain(batch)
+        step(statistics, watched, batch, drops=False)
+    assert all(torch.equal(value, averages(plain)[key]) for key, value in averages(watched).items())
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_averages_never_overshoot(calls):
+    """A layer that runs twice in a step, as under activation checkpointing, stays between old and new."""
+    norm, x = nn.BatchNorm2d(3), 0.01 * torch.randn(8, 3, 4, 4) + 5
+    statistics = NormStatistics()
+    statistics.attach(norm)
+    for index in range(100):
+        step(statistics, norm, x, drops=index % 8 != 3, calls=calls)
+        assert (norm.running_var > 0).all()
+        assert (norm.running_mean <= x.mean((0, 2, 3)) + 1e-4).all()
+    torch.testing.assert_close(norm.running_mean, x.mean((0, 2, 3)), atol=0.01, rtol=0)
+
+
+def test_frozen_averages_stay():
+    norm = nn.BatchNorm2d(3).eval()
+    statistics = NormStatistics()
+    statistics.attach(norm)
+    before = averages(norm)
+    for index in range(10):
+        step(statistics, norm, torch.randn(8, 3, 4, 4), drops=index % 2 == 0)
+    assert all(torch.equal(value, before[key]) for key, value in averages(norm).items())
+
+
+def test_a_model_without_averages_needs_nothing():
+    assert not NormStatistics().attach(nn.Sequential(nn.LayerNorm(3), nn.GroupNorm(1, 3), nn.InstanceNorm2d(3)))
+
+
+def test_an_unfinished_step_leaves_no_trace():
+    norm, statistics = nn.BatchNorm2d(3), NormStatistics()
+    statistics.attach(norm)
+    before = averages(norm)
+    statistics.begin_step(True)
+    norm(torch.randn(8, 3, 4, 4))
+    statistics.cancel_step()
+    statistics.end_step()
+    assert all(torch.equal(value, before[key]) for key, value in averages(norm).items())
+    assert statistics.left_out == 0
+
+
+def test_one_callback_that_drops_is_enough():
+    norm, statistics = nn.BatchNorm2d(3), NormStatistics()
+    statistics.attach(norm)
+    before = averages(norm)
+    for drops in (False, True, False):
+        statistics.begin_step(drops)
+    norm(torch.randn(8, 3, 4, 4))
+    statistics.end_step()
+    statistics.end_step()
+    assert torch.equal(norm.running_var, before["running_var"])
+    assert statistics.left_out == 1
+
+
+def test_buffers_that_are_replaced_are_followed():
+    """Moving a model to another type gives its layers new buffers."""
+    norm, statistics = nn.BatchNorm2d(3), NormStatistics()
+    statistics.attach(norm)
+    step(statistics, norm, torch.randn(8, 3, 4, 4), drops=True)
+    norm.double()
+    step(statistics, norm, torch.randn(8, 3, 4, 4).double(), drops=True)
+    assert torch.equal(norm.running_var, torch.ones(3).double())
