@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from fits import At, Classifier, ResumableLoader, make_loader, tiny_resnet
+from fits import At, Classifier, ResumableLoader, make_loader, make_trainer, tiny_resnet
 from processes import digest, fit, run_ranks
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_dropcluster import DropCluster, ranks
+from lightning_dropcluster import DropCluster, SpatialDropout, StructuredDropout, ranks
 from lightning_dropcluster.clustering import FaissKMeans, adjusted_rand_index
 from lightning_dropcluster.learning.sketch import Sketch
 
@@ -123,6 +124,34 @@ def test_ranks_share_the_work_and_agree_on_labels(world_size, options, num_sampl
         assert told["warnings"] == []
     wait = options.get("overlap_steps", 0)
     assert column(results[0], "awaits").count(True) == 3 * wait
+
+
+def train_with_clean_averages(world_size: int) -> dict:
+    """Train with averages that hardly move, and an "auto" that sees other losses on each rank."""
+
+    class Validated(Classifier):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", 2.0 + ranks.rank())
+
+    pl.seed_everything(0, verbose=False)
+    module, loader = Validated(), make_loader(128, 16)
+    callback = StructuredDropout(LAYERS, SpatialDropout(), "auto", start=0.0)
+    trainer = make_trainer(callback, max_epochs=20, **ddp(world_size))
+    trainer.fit(module, loader, make_loader(16, 8))
+    kept = torch.cat([value.flatten() for name, value in module.named_buffers() if name.endswith("_var")])
+    update_bn([batch for batch, _ in make_loader(128, 32)], module.model)
+    clean = torch.cat([value.flatten() for name, value in module.named_buffers() if name.endswith("_var")])
+    return {"kept": kept, "clean": clean, "auto": callback.state_dict()["auto"]["drop_prob"]}
+
+
+def test_ranks_keep_clean_averages_and_drop_alike(tmp_path):
+    first, second = run_ranks(train_with_clean_averages, 2, tmp_path, 2)
+    torch.testing.assert_close(first["kept"], second["kept"])
+    assert (first["kept"].mean() / first["clean"].mean()).log().abs() < 0.2
+    assert first["auto"] == second["auto"] > 0.1
 
 
 def still(world_size: int, batch_size: int, sketch_dim: int) -> dict:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from torch import nn
 
 from lightning_dropcluster.layers.norm_statistics import CLEAN_EVERY, NormStatistics, is_clean_step
@@ -15,6 +15,8 @@ NORMS = {
     "cumulative": lambda n: nn.BatchNorm2d(n, momentum=None),
     "slow": lambda n: nn.BatchNorm2d(n, momentum=0.01),
     "BatchNormAct2d": BatchNormAct2d,
+    "SyncBatchNorm": nn.SyncBatchNorm,  # which needs a GPU where there are ranks
+    "SyncBatchNormAct": SyncBatchNormAct,
     "InstanceNorm2d": lambda n: nn.InstanceNorm2d(n, track_running_stats=True),
 }
 
