@@ -47,17 +47,16 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
-def average_over_ranks(values: list[Tensor]) -> None:
-    """Average tensors over all ranks, in place and in one exchange.
+def average_over_ranks(value: Tensor) -> Tensor:
+    """Average a floating-point tensor over all ranks, in place.
 
     Args:
-        values: floating-point tensors of the same shapes and types on every rank.
+        value: of the same shape and type on every rank, on the process group's device.
+
+    Returns:
+        ``value`` itself, now equal on every rank.
     """
-    if _is_distributed() and values:
-        flat = torch.cat([value.flatten().float().to(values[0].device) for value in values])
-        parts = (sum_over_ranks(flat) / world_size()).split([value.numel() for value in values])
-        for value, part in zip(values, parts, strict=True):
-            value.copy_(part.view_as(value))
+    return sum_over_ranks(value).div_(world_size()) if _is_distributed() else value
 
 
 def from_rank(value: Tensor, source: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Running averages of normalisation layers, taken from the training steps that drop nothing."""
 
+import math
+from collections.abc import Iterable
 from random import Random
 
 import torch
@@ -8,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_dropcluster import ranks
 
+_COUNT = "num_batches_tracked"
 CLEAN_EVERY = 8
 """One training step in so many drops nothing."""
 
@@ -68,10 +71,7 @@ class NormStatistics:
         if self._is_open and self._drops:
             self.left_out += 1
         elif self._is_open and self.left_out:
-            before = iter(self._before)
-            for norm in self._norms:
-                _catch_up(norm, {name: next(before) for name in _averages(norm)}, self.left_out)
-            ranks.average_over_ranks([b for b in self._buffers() if b.is_floating_point()])
+            self._catch_up()
             self.left_out = 0
         self._is_open = False
 
@@ -83,6 +83,43 @@ class NormStatistics:
     def _buffers(self) -> list[Tensor]:
         """Looked up each time, since modules may be given new ones."""
         return [buffer for norm in self._norms for buffer in _averages(norm).values()]
+
+    def _catch_up(self) -> None:
+        """Move averages as far as if the steps left out, later half of them, had been like this one.
+
+        A layer that runs n times in a step moves by 1 - (1 - momentum)^n of the way; this goes on along the
+        same way, and never past its end.
+        """
+        if not self._norms:
+            return
+        now, device = self._buffers(), self._before[0].device
+        factors = self._factors(device)
+        pairs = [(old, new) for old, new in zip(self._before, now, strict=True) if new.is_floating_point()]
+        old, new = (
+            torch.cat([x.flatten().float().to(device) for x in side]) for side in zip(*pairs, strict=True)
+        )
+        moved = ranks.average_over_ranks(torch.lerp(old, new, factors))
+        targets = [target for _, target in pairs]
+        parts = moved.split([target.numel() for target in targets])
+        for target, part in zip(targets, parts, strict=True):
+            target.copy_(part.view_as(target))
+
+    def _factors(self, device: torch.device) -> Tensor:
+        """How much farther each value of each average is to go; 1 where all steps weigh alike."""
+        before, counted, runs, sizes = iter(self._before), [], [], []
+        for norm in self._norms:
+            old, new = {name: next(before) for name in _averages(norm)}, _averages(norm)
+            zero = torch.zeros((), dtype=torch.int64, device=device)
+            counted.append(old.get(_COUNT, zero).to(device))
+            runs.append(new.get(_COUNT, zero).to(device) - counted[-1])
+            sizes.append(sum(value.numel() for value in new.values() if value.is_floating_point()))
+        momentum = torch.tensor(
+            [getattr(norm, "momentum", None) or math.nan for norm in self._norms], device=device
+        )
+        share = (1.0 / (momentum * torch.stack(counted))).clamp(0.5, 1.0)
+        kept = (1.0 - momentum) ** torch.stack(runs)
+        factors = (1.0 - kept ** (1.0 + share * self.left_out)) / (1.0 - kept)
+        return factors.nan_to_num(1.0).repeat_interleave(torch.tensor(sizes, device=device))
 
 
 def _is_average(name: str) -> bool:
@@ -98,31 +135,19 @@ def _averages(norm: nn.Module) -> dict[str, Tensor]:
     return {
         name: buffer
         for name, buffer in norm._buffers.items()
-        if (_is_average(name) or name == "num_batches_tracked") and buffer is not None and not is_lazy(buffer)
+        if (_is_average(name) or name == _COUNT) and buffer is not None and not is_lazy(buffer)
     }
 
 
-def _catch_up(norm: nn.Module, before: dict[str, Tensor], left_out: int) -> None:
-    """Move averages as far as if the steps left out, in the long run half of them, had been like this one.
-
-    A layer that runs n times in a step moves by 1 - (1 - momentum)^n of the way; this goes on along the same
-    way, and never past its end.
-    """
-    momentum, counted = getattr(norm, "momentum", None), before.get("num_batches_tracked")
-    if not momentum or counted is None:  # a cumulative average weighs all steps alike
-        return
-    runs = _averages(norm)["num_batches_tracked"] - counted
-    kept = (1.0 - momentum) ** runs.float()
-    share = (1.0 / (momentum * counted)).clamp(0.5, 1.0)
-    stretch = torch.where(runs > 0, (1.0 - kept ** (1.0 + share * left_out)) / (1.0 - kept), 1.0)
-    for name, buffer in _averages(norm).items():
-        if _is_average(name):
-            buffer.copy_(torch.lerp(before[name], buffer, stretch.to(buffer.dtype)))
+def _flat(averages: Iterable[Tensor], device: torch.device) -> Tensor:
+    return torch.cat([average.flatten().float().to(device) for average in averages])
 
 
 def _copy(source: list[Tensor], target: list[Tensor]) -> None:
-    if source:
-        torch._foreach_copy_(target, source)
+    """Copy all of one type at once, which on a GPU takes a few launches."""
+    for kind in {buffer.dtype for buffer in source}:
+        pairs = [pair for pair in zip(target, source, strict=True) if pair[1].dtype == kind]
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
 def _kind(buffer: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
