@@ -9,15 +9,21 @@ from torch import Tensor
 
 from lightning_dropcluster import ranks
 
+MARGIN = 0.1
+"""A gap of so much of the first loss is no overfitting yet."""
+
+_NEGLIGIBLE = 0.02  # what drops less is not worth its clean steps
+
 
 class AutoDropProb:
-    """Sets drop_prob to the gap between validation and training loss, as a share of the first loss.
+    """Sets drop_prob by the gap between validation and training loss, as a share of the first loss.
 
-    After each validation drop_prob moves half the way to (validation loss - training loss) / first loss. The
-    training loss is the mean over the steps since the validation before that dropped nothing, since what is
-    dropped would raise it; the first loss, that of the first step, is the loss of a network that knows
-    nothing. The gap as a share of the validation loss would call a fine-tuned network overfitted as soon as
-    its training loss nears zero. Where losses fall below zero, the share is of the way that they have come.
+    After each validation drop_prob moves half the way to (share - MARGIN) / (1 - MARGIN), where the share is
+    (validation loss - training loss) / first loss. The training loss is the mean over the steps since the
+    validation before that dropped nothing, since what is dropped would raise it; the first loss, that of the
+    first step, is the loss of a network that knows nothing. As a share of the validation loss, the gap would
+    call a fine-tuned network overfitted as soon as its training loss nears zero. Where losses fall below
+    zero, the share is of the way that they have come.
 
     Args:
         max_drop_prob: bound of drop_prob.
@@ -61,7 +67,8 @@ class AutoDropProb:
             self._first = first if math.isfinite(first) else None
             self._sum, self._count, self.has_compared = 0.0, 0, True
             target = self._target(first, totals[1] / count, totals[3] / told)
-            self.drop_prob += (target - self.drop_prob) / 2
+            moved = (self.drop_prob + target) / 2
+            self.drop_prob = moved if moved >= _NEGLIGIBLE else 0.0
         return bool(told)
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,4 +91,4 @@ class AutoDropProb:
         if not all(map(math.isfinite, (scale, training, validation))):
             return self.drop_prob
         share = (validation - training) / scale if scale > 0.0 else 0.0
-        return min(max(share, 0.0), self.max_drop_prob)
+        return min(max((share - MARGIN) / (1.0 - MARGIN), 0.0), self.max_drop_prob)

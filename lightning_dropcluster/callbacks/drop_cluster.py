@@ -48,8 +48,8 @@ class DropCluster(LayerCallback):
             (name, module) -> bool, or a list of these. See `select_layers`.
         drop_prob: probability in [0, 1) that a cluster, and so each of its features, is dropped once the
             schedule has reached its end. ``"auto"`` follows how much the network overfits: after each
-            validation it moves half the way to (validation loss - training loss) / (loss of the first step),
-            the training loss being that of steps that drop nothing.
+            validation it moves half the way to (gap - 0.1) / 0.9, where the gap is (validation loss -
+            training loss) / (loss of the first step) and the training loss that of steps that drop nothing.
         num_clusters: clusters per feature map (per layer for the other scopes); or
         cluster_size: mean number of features per cluster, at least 1. 16 when neither is given.
         scope: what is grouped: ``"map"``, the features within each feature map; ``"position"``, positions,

@@ -89,7 +89,9 @@ def test_frozen_averages_stay():
 
 
 def test_a_model_without_averages_needs_nothing():
-    assert not NormStatistics().attach(nn.Sequential(nn.LayerNorm(3), nn.GroupNorm(1, 3), nn.InstanceNorm2d(3)))
+    assert not NormStatistics().attach(
+        nn.Sequential(nn.LayerNorm(3), nn.GroupNorm(1, 3), nn.InstanceNorm2d(3))
+    )
 
 
 def test_an_unfinished_step_leaves_no_trace():
