@@ -139,12 +139,14 @@ class LayerCallback(_Base):
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Set the drop probability of the step."""
-        fraction, is_due = self._schedule.advance(_position(trainer, batch_idx))
+        position = _position(trainer, batch_idx)
+        fraction, is_due = self._schedule.advance(position)
         if _only_updates_statistics(trainer):
             fraction, is_due = 0.0, False
         if is_due or (self._schedule.has_begun and batch_idx == 0):
             self._warn_of_idle_layers(pl_module)
-        is_clean = self._has_clean_steps and is_clean_step(trainer.fit_loop.epoch_loop.total_batch_idx)
+        batch_of_all = trainer.fit_loop.epoch_loop.total_batch_idx
+        is_clean = self._has_clean_steps and is_clean_step(batch_of_all, position.batches_left)
         self._drop_prob_now = self._begin_step(fraction, is_due, is_clean)
         self._drops = self._drop_prob_now != 0.0 and not is_clean
         self._statistics.begin_step(self._drops)
@@ -442,4 +444,5 @@ def _position(trainer: "Trainer", batch_idx: int) -> TrainingPosition:
         batches_per_epoch=trainer.num_training_batches,
         max_epochs=trainer.max_epochs if trainer.max_epochs is not None else -1,
         max_steps=trainer.max_steps,
+        batches_per_step=trainer.accumulate_grad_batches,
     )

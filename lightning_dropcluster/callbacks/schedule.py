@@ -1,5 +1,6 @@
 """The schedule: from the trainer's counters to the part of drop_prob in use, and when to recluster."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -20,6 +21,7 @@ class TrainingPosition:
         batches_per_epoch: may be infinite.
         max_epochs: -1 for no limit.
         max_steps: -1 for no limit.
+        batches_per_step: batches whose gradients are added up for a step.
     """
 
     epoch: int
@@ -28,6 +30,7 @@ class TrainingPosition:
     batches_per_epoch: float
     max_epochs: int
     max_steps: int
+    batches_per_step: int = 1
 
     @property
     def fraction(self) -> float | None:
@@ -42,6 +45,16 @@ class TrainingPosition:
         if self.max_steps > 0:
             parts.append(self.step / self.max_steps)
         return min(1.0, max(parts)) if parts else None
+
+    @property
+    def batches_left(self) -> float:
+        """Batches from this one to the nearer limit; infinite where that is not known."""
+        left = [math.inf]
+        if self.max_epochs > 0:
+            left.append((self.max_epochs - self.epoch) * self.batches_per_epoch - self.batch)
+        if self.max_steps > 0:
+            left.append((self.max_steps - self.step) * self.batches_per_step)
+        return min(left)
 
 
 class Schedule:

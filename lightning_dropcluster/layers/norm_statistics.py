@@ -13,15 +13,23 @@ from lightning_dropcluster import ranks
 _COUNT = "num_batches_tracked"
 CLEAN_EVERY = 8
 """One training step in so many drops nothing."""
+_LAST = 20
 
 
-def is_clean_step(batch: int) -> bool:
+def is_clean_step(batch: int, left: float = math.inf) -> bool:
     """Tell whether a training step is one that drops nothing, alike for all callbacks and ranks.
 
     One batch in each block of `CLEAN_EVERY` is, at a place drawn anew for each block: at a fixed place, data
     that come in turns would always show the same turn. The first batch of all is clean, so that averages
-    never start from what was dropped.
+    never start from what was dropped, and so are the last `_LAST`, or the last tenth of a short training:
+    they leave the trained network with averages of as many batches as any other.
+
+    Args:
+        batch: number of the batch in all of training, from 0.
+        left: batches from this one to the end of training, infinite where that is not known.
     """
+    if left <= min(_LAST, (batch + left) / 10):
+        return True
     block, place = divmod(batch, CLEAN_EVERY)
     return place == (Random(block).randrange(CLEAN_EVERY) if block else 0)
 
@@ -95,9 +103,7 @@ class NormStatistics:
         now, device = self._buffers(), self._before[0].device
         factors = self._factors(device)
         pairs = [(old, new) for old, new in zip(self._before, now, strict=True) if new.is_floating_point()]
-        old, new = (
-            torch.cat([x.flatten().float().to(device) for x in side]) for side in zip(*pairs, strict=True)
-        )
+        old, new = (_flat(side, device) for side in zip(*pairs, strict=True))
         moved = ranks.average_over_ranks(torch.lerp(old, new, factors))
         targets = [target for _, target in pairs]
         parts = moved.split([target.numel() for target in targets])
@@ -113,9 +119,8 @@ class NormStatistics:
             counted.append(old.get(_COUNT, zero).to(device))
             runs.append(new.get(_COUNT, zero).to(device) - counted[-1])
             sizes.append(sum(value.numel() for value in new.values() if value.is_floating_point()))
-        momentum = torch.tensor(
-            [getattr(norm, "momentum", None) or math.nan for norm in self._norms], device=device
-        )
+        momenta = [getattr(norm, "momentum", None) or math.nan for norm in self._norms]
+        momentum = torch.tensor(momenta, device=device)
         share = (1.0 / (momentum * torch.stack(counted))).clamp(0.5, 1.0)
         kept = (1.0 - momentum) ** torch.stack(runs)
         factors = (1.0 - kept ** (1.0 + share * self.left_out)) / (1.0 - kept)

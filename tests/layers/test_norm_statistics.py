@@ -44,6 +44,13 @@ def test_the_first_step_is_clean_and_places_change():
     assert len(places) == CLEAN_EVERY
 
 
+@pytest.mark.parametrize(("total", "last"), [(1000, 20), (100, 10), (9, 0)])
+def test_the_last_steps_are_clean(total, last):
+    clean = [is_clean_step(batch, total - batch) for batch in range(total)]
+    assert all(clean[total - last :])
+    assert sum(clean[: total - last]) < total / 6 + 1
+
+
 @pytest.mark.parametrize("name", NORMS)
 def test_a_step_that_drops_leaves_no_trace(name):
     norm, x = NORMS[name](3), torch.randn(8, 3, 4, 4)
