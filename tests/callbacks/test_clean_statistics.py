@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import pytorch_lightning as pl
 import torch
-from fits import Classifier, ResumableLoader, Seeds, make_loader, make_trainer
+from fits import At, Classifier, ResumableLoader, Seeds, make_loader, make_trainer
 from pytorch_lightning.callbacks import (
     BaseFinetuning,
     EMAWeightAveraging,
