@@ -12,9 +12,9 @@ from torch.multiprocessing import spawn
 from lightning_dropcluster import ranks
 from lightning_dropcluster.clustering import FaissKMeans
 from lightning_dropcluster.layers.hooks import LayerHook
-from lightning_dropcluster.learning.reclustering import Reclustering, cluster_share
+from lightning_dropcluster.learning.reclustering import cluster_share, recluster
 from lightning_dropcluster.learning.scopes import SCOPES, Grouping
-from lightning_dropcluster.learning.sketch import Sketch
+from lightning_dropcluster.learning.sketch import Sketch, SketchSettings
 from lightning_dropcluster.learning.window import GatheringWindow
 
 CPU = torch.device("cpu")
@@ -85,9 +85,8 @@ def run_failures(rank):
     messages = []
     for culprit in (0, 1):
         work = fail if rank == culprit else dict
-        job = Reclustering({}, work, wait_steps=0, in_background=False)
         try:
-            job.result(CPU)
+            recluster(work, CPU)
         except Exception as error:
             messages.append(f"{type(error).__name__}: {error}")
     return messages
@@ -110,15 +109,14 @@ class Counting(FaissKMeans):
 def run_reclustering(rank):
     clusterer = Counting()
     work = partial(cluster_share, make_sketches(), {}, clusterer, Grouping(num_clusters=4))
-    labels = Reclustering({}, work, wait_steps=0, in_background=True).result(CPU)
+    labels = recluster(work, CPU)
     return {"labels": labels, "problems": clusterer.problems}
 
 
 def run_window(rank):
-    settings = {"scope": SCOPES["map"], "number": 0, "num_samples": 12, "sketch_dim": 8, "seed": 0}
     layer = torch.nn.Identity()
     hooks = {name: LayerHook(name, layer, None) for name in ("stem", "late")}
-    window = GatheringWindow(hooks, device=CPU, **settings)
+    window = GatheringWindow(hooks, SketchSettings(num_samples=12, sketch_dim=8), 0, CPU)
     full = []
     for batch in range(3):
         window.arm()

@@ -7,45 +7,21 @@ import torch
 
 from lightning_dropcluster import ranks
 from lightning_dropcluster.layers.hooks import LayerHook
-from lightning_dropcluster.learning.scopes import Scope
-from lightning_dropcluster.learning.sketch import Sketch
+from lightning_dropcluster.learning.sketch import Sketch, SketchSettings
 
 
 class GatheringWindow:
-    """An open window over some layers.
-
-    Args:
-        hooks: name to hook.
-        scope: what is grouped.
-        number: of the window, from 0.
-        num_samples: samples to gather, over all ranks; each rank gathers its share.
-        sketch_dim: columns of the sketches.
-        seed: of the sketches' signs.
-        device: where the model is.
-    """
+    """An open window over some layers; windows are numbered from 0."""
 
     def __init__(
-        self,
-        hooks: Mapping[str, LayerHook],
-        *,
-        scope: Scope,
-        number: int,
-        num_samples: int,
-        sketch_dim: int,
-        seed: int,
-        device: torch.device,
+        self, hooks: Mapping[str, LayerHook], settings: SketchSettings, number: int, device: torch.device
     ) -> None:
-        self.hooks, self.scope, self.number = hooks, scope, number
-        self.num_samples, self.sketch_dim, self.seed, self.device = num_samples, sketch_dim, seed, device
+        self.hooks, self.settings, self.number, self.device = hooks, settings, number, device
         self._resized: set[str] = set()
         self._counts: dict[str, int] = {}
 
     def has_stalled(self) -> bool:
-        """Whether maps have another size now than their sketch, which has grown no more since last asked.
-
-        Returns:
-            True where a layer is so; sizes that take turns fill a window in the end.
-        """
+        """Whether maps have another size now than their sketch, which has grown no more since last asked."""
         before = self._counts
         self._counts = {name: int(sketch.count) for name, sketch in self._sketches().items()}
         idle = [name for name, count in self._counts.items() if count == before.get(name)]
@@ -60,26 +36,21 @@ class GatheringWindow:
                 self._resized.add(name)
                 hook.sketch = None
             if hook.sketch is None and hook.shape is not None:
-                hook.sketch = self._make_sketch(hook.shape)
+                hook.sketch = self.settings.make(hook.shape, self.number, self.device)
 
     def is_full(self) -> bool:
-        """Count the samples; every rank must ask alike, since this is a collective.
+        """Whether ``num_samples`` were seen over all ranks; every rank must ask alike.
 
-        Returns:
-            True once ``num_samples`` were seen over all ranks, by the slowest of the layers that ran in this
-            step: some fold windows or heads into the batch, others run only now and then.
+        The slowest of the layers that ran in this step counts: some fold windows or heads into the batch,
+        others run only now and then.
         """
         ran = [s.count for name, s in self._sketches().items() if not self.hooks[name].first_call]
         nothing = torch.zeros((), dtype=torch.int64, device=self.device)
         seen = torch.stack(ran).min() if ran else nothing
-        return int(ranks.sum_over_ranks(seen)) >= self.num_samples
+        return int(ranks.sum_over_ranks(seen)) >= self.settings.num_samples
 
     def close(self) -> dict[str, Sketch]:
-        """Take the sketches out of the hooks.
-
-        Returns:
-            Name to sketch, of the layers that have one.
-        """
+        """Take the sketches out of the hooks, of the layers that have one."""
         sketches = self._sketches()
         for hook in self.hooks.values():
             hook.sketch = None
@@ -88,9 +59,7 @@ class GatheringWindow:
     def merge(self) -> dict[str, Sketch]:
         """Close the window and add the sketches up over ranks; every rank must call this.
 
-        Returns:
-            Name to merged sketch, equal on every rank, of the layers that can be clustered. A warning names
-            each of the others.
+        Layers that cannot be clustered are left out, and a warning names each.
         """
         sketches, merged = self.close(), {}
         for name in self._gathered_alike(sketches):
@@ -104,11 +73,7 @@ class GatheringWindow:
         return merged
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sketches for a checkpoint.
-
-        Returns:
-            Name to tensors and shape; empty with several ranks, where an open window starts again on resume.
-        """
+        """Return the sketches; none with several ranks, where an open window starts again on resume."""
         if ranks.world_size() > 1:
             return {}
         return {
@@ -117,15 +82,11 @@ class GatheringWindow:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Go on with the sketches of a checkpoint; those that do not fit the settings start again.
-
-        Args:
-            state: what `state_dict` returned.
-        """
+        """Go on with the sketches of a checkpoint; those that do not fit the settings start again."""
         for name, entry in state.items():
             if name not in self.hooks or ranks.world_size() > 1:
                 continue
-            sketch = self._make_sketch(tuple(entry["shape"]))
+            sketch = self.settings.make(tuple(entry["shape"]), self.number, self.device)
             tensors = {key: value for key, value in entry.items() if key != "shape"}
             try:
                 sketch.load_state_dict(tensors)
@@ -138,20 +99,6 @@ class GatheringWindow:
     def _sketches(self) -> dict[str, Sketch]:
         """Name to open sketch; a hook knows of it only that it gathers."""
         return {n: cast(Sketch, hook.sketch) for n, hook in self.hooks.items() if hook.sketch is not None}
-
-    def _make_sketch(self, shape: tuple[int, ...]) -> Sketch:
-        size = ranks.world_size()
-        return Sketch(
-            shape,
-            scope=self.scope.name,
-            num_samples=-(-self.num_samples // size),
-            sketch_dim=self.sketch_dim,
-            seed=self.seed,
-            window=self.number,
-            rank=ranks.rank(),
-            world_size=size,
-            device=self.device,
-        )
 
     def _gathered_alike(self, sketches: Mapping[str, Sketch]) -> list[str]:
         """Name the layers that have a sketch of the same shape on every rank."""

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from lightning_dropcluster.layers.hooks import LayerHook
-from lightning_dropcluster.learning.scopes import SCOPES
-from lightning_dropcluster.learning.sketch import Sketch
+from lightning_dropcluster.learning.sketch import Sketch, SketchSettings
 from lightning_dropcluster.learning.window import GatheringWindow
 
 SHAPE = (2, 3, 4)
@@ -14,10 +13,10 @@ def make_x(samples=8, shape=SHAPE, seed=0):
     return torch.randn(samples, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make_window(*names, **options):
-    settings = {"scope": SCOPES["map"], "number": 0, "num_samples": 20, "sketch_dim": 16, "seed": 0}
+def make_window(*names, number=0, **options):
+    settings = SketchSettings(**({"num_samples": 20, "sketch_dim": 16} | options))
     hooks = {name: LayerHook(name, LAYER, None) for name in names or ("stem",)}
-    return GatheringWindow(hooks, device=torch.device("cpu"), **(settings | options))
+    return GatheringWindow(hooks, settings, number, torch.device("cpu"))
 
 
 def step(window, batches):
@@ -79,7 +78,7 @@ def test_closing_takes_the_sketches_and_leaves_nothing_behind():
 
 
 def test_sketches_are_made_with_the_settings_of_the_window():
-    window = make_window(scope=SCOPES["channel"], number=3, num_samples=7, sketch_dim=5, seed=11)
+    window = make_window(scope="channel", number=3, num_samples=7, sketch_dim=5, seed=11)
     for _ in range(2):
         step(window, {"stem": make_x()})
     expected = Sketch(SHAPE, scope="channel", num_samples=7, sketch_dim=5, seed=11, window=3)
