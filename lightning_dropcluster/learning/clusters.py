@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropcluster.checks import check_integers, describe
+from lightning_dropcluster.layers.plain import as_plain
 from lightning_dropcluster.layers.selection import count_channels
 from lightning_dropcluster.learning.scopes import SCOPES, Scope, Shape
 from lightning_dropcluster.methods.cluster_drop import smallest_integer_type
@@ -51,6 +52,7 @@ class SavedClusters:
 def clusters_from_labels(labels: Tensor, scope: Scope, name: str) -> Clusters:
     """Check labels (C, *spatial), numbered from 0 within each problem of the scope, and pack them."""
     check_integers(f"labels of layer {name!r}", labels)
+    labels = as_plain(labels)
     if labels.ndim < 1 or not labels.numel():
         raise ValueError(f"labels of layer {name!r} have shape {tuple(labels.shape)}: must be (C, *spatial)")
     return _pack(scope.compress(labels), tuple(labels.shape), scope, name)

@@ -1,7 +1,7 @@
 """The cluster learner: it owns what is learned of the layers, and the callback talks to it alone."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -17,15 +17,22 @@ from lightning_dropcluster.layers.injection import Injection, unused_layers_erro
 from lightning_dropcluster.learning.clustered_layers import ClusteredLayers
 from lightning_dropcluster.learning.clusters import Clusters
 from lightning_dropcluster.learning.reclustering import OnProgress, cluster_share, recluster
-from lightning_dropcluster.learning.reports import Report, make_report, warnings_for
+from lightning_dropcluster.learning.reports import (
+    Report,
+    make_report,
+    warnings_for,
+)
 from lightning_dropcluster.learning.running_profiles import RunningProfiles
 from lightning_dropcluster.learning.scopes import SCOPES, Grouping, Shape
 from lightning_dropcluster.learning.sketch import SketchSettings
+from lightning_dropcluster.learning.troubles import lack_of_memory, sizes_warning, trouble
 from lightning_dropcluster.learning.window import GatheringWindow
 from lightning_dropcluster.methods import ClusterDrop
 
 Phase = Literal["idle", "gathering", "full"]
 """Between windows; while one is open, or will be once the layers are hooked; while its labels are made."""
+
+_TROUBLE = ("gathering",)  # what is warned of once
 
 
 class ClusterLearner:
@@ -52,8 +59,9 @@ class ClusterLearner:
         self.waiting: AbstractContextManager[OnProgress | None] = nullcontext()
         self._layers = ClusteredLayers(grouping, make_drop)
         self._running_profiles = RunningProfiles(sketch_momentum)
-        self._stalled = 0  # windows in a row
-        self._warned: set[str] = set()
+        self._resized_to: dict[str, Shape] = {}  # layers whose sizes are too many
+        self._is_first_step = True
+        self._warned: set[Hashable] = set()
 
     @property
     def hooks(self) -> dict[str, LayerHook]:
@@ -68,13 +76,15 @@ class ClusterLearner:
     def reset(self, clusters: Mapping[str, Clusters]) -> None:
         """Forget an earlier training; the clusters are those to start from."""
         self.clusters, self.phase = dict(clusters), "idle"
-        self.windows_opened, self.seconds, self._stalled = 0, 0.0, 0
+        self.windows_opened, self.seconds = 0, 0.0
+        self._resized_to = {}
         self._running_profiles.clear()
         self._warned.clear()
 
     def attach(self, modules: Mapping[str, nn.Module], device: torch.device) -> None:
         """Hook the layers; a window that came to no labels before the last `detach` is opened again."""
         self.detach()
+        self._is_first_step = True
         self.clusters |= self._layers.attach(modules, self.clusters, device)
         if self.labels_pending:
             self.window = self._make_window()
@@ -86,17 +96,10 @@ class ClusterLearner:
         self.waiting = nullcontext()
 
     def open_window(self) -> None:
-        """Start to gather, unless a window is open already.
-
-        A window that has stalled, on any rank, starts again: every rank must call this.
-        """
-        if self.window is not None:
-            if not ranks.any_rank(self.window.has_stalled(), self._layers.device):
-                return
-            self._warn_of_many_sizes()
-            self._close_window()
-        self.windows_opened += 1
-        self.window, self.phase = self._make_window(), "gathering"
+        """Start to gather, unless a window is open already."""
+        if self.window is None:
+            self.windows_opened += 1
+            self.window, self.phase = self._make_window(), "gathering"
 
     def open_missed_window(self) -> None:
         """Start to gather where a layer has no clusters; for a training that goes on after the start."""
@@ -116,18 +119,29 @@ class ClusterLearner:
         return drop_prob if self.hooks.keys() & self.clusters.keys() else 0.0
 
     def end_step(self) -> dict[str, Report]:
-        """Recluster where the window is full; every rank must call this.
+        """Recluster where the window is full, and return a report for each layer that has new labels.
 
-        Returns:
-            A report for each layer that has new labels.
+        Every rank must call this.
         """
         self.pause()
         self._layers.check_calls()
-        if self.window is None or not self.window.is_full():
-            return {}
-        # Only now does the clock run: to count the samples was to wait for device and ranks.
-        with self._clock():
-            return self._recluster(self.window)
+        if self._is_first_step:
+            self._is_first_step = False
+            lack = lack_of_memory(self.hooks, self.sketches, self._layers.device)
+            if lack is not None:  # now, and not only at the start
+                self._warn_once(_TROUBLE, lack)
+        verdict = "open" if self.window is None else self.window.verdict()
+        if verdict == "full":
+            # Only now does the clock run: to count the samples was to wait for device and ranks.
+            with self._clock():
+                return self._recluster()
+        if verdict == "stalled":
+            self._restart_window()
+        elif verdict == "scattered":
+            self._take_all_sizes()
+        elif verdict == "failed":
+            self._give_up()
+        return {}
 
     def pause(self) -> None:
         """Drop nothing until the next step begins."""
@@ -147,19 +161,24 @@ class ClusterLearner:
         Of one process they hold the open window and the running profiles too. With several ranks, and after
         `detach`, a window starts again on resume.
         """
+        alone = ranks.world_size() == 1
         window = {} if self.window is None else self.window.state_dict()
         return {
             "clusters": {name: clusters.state_dict() for name, clusters in self.clusters.items()},
             "shapes": {name: list(h.shape) for name, h in self.hooks.items() if h.shape is not None},
             "windows_opened": self.windows_opened,
             "window": window if self.labels_pending else None,
-            "memory": self._running_profiles.state_dict() if ranks.world_size() == 1 else {},
+            "samples_left_out": self.window.left_out if alone and self.window is not None else 0,
+            "resized_to": {name: list(shape) for name, shape in self._resized_to.items()},
+            "memory": self._running_profiles.state_dict() if alone else {},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what was under way; the clusters are held already, and the hooks are on."""
         self._close_window()
         self.windows_opened = state["windows_opened"]
+        resized_to = state.get("resized_to", {})  # of later versions only
+        self._resized_to = {name: tuple(shape) for name, shape in resized_to.items()}
         for name in self.hooks.keys() & state["shapes"].keys():
             self.hooks[name].shape, self.hooks[name].fired = tuple(state["shapes"][name]), True
         self.clusters |= self._layers.bind_all(self.clusters)
@@ -167,22 +186,48 @@ class ClusterLearner:
         if state["window"] is not None:
             self.window, self.phase = self._make_window(), "gathering"
             self.window.load_state_dict(state["window"])
+            self.window.left_out = state.get("samples_left_out", 0)
         self._running_profiles.load_state_dict(state["memory"])
 
     def _make_window(self) -> GatheringWindow:
-        return GatheringWindow(self.hooks, self.sketches, self.windows_opened - 1, self._layers.device)
+        number, device = self.windows_opened - 1, self._layers.device
+        return GatheringWindow(self.hooks, self.sketches, number, device, self._resized_to)
 
     def _close_window(self) -> None:
         if self.window is not None:
             self.window.close()
             self.window = None
 
-    def _recluster(self, window: GatheringWindow) -> dict[str, Report]:
+    def _restart_window(self) -> None:
+        """Gather anew, maps of the size that they have now."""
+        assert self.window is not None
+        left_out = self.window.left_out
+        self._close_window()
+        self.open_window()
+        self.window.left_out = left_out
+
+    def _take_all_sizes(self) -> None:
+        """From now on gather maps of all sizes, in that which they have now on the first rank."""
+        assert self.window is not None
+        self._resized_to = self.window.shapes_of_all()
+        self._close_window()
+        self.open_window()
+        self._warn_once(("sizes",), sizes_warning(self.sketches.num_samples))
+
+    def _give_up(self) -> None:
+        """Close a window that cannot be filled; there may be another at the next due moment."""
+        assert self.window is not None
+        self._warn_once(_TROUBLE, trouble(self.window.failed, self.hooks, self.sketches))
+        self._close_window()
+        self.phase = "idle"
+
+    def _recluster(self) -> dict[str, Report]:
         """Close a full window and have its sketches clustered; where none can be, open another at first."""
+        assert self.window is not None
         device = self._layers.device
         if not self.clusters:
             ranks.raise_together(unused_layers_error(self.never_ran()), device)
-        sketches, self.window, self.phase, self._stalled = window.merge(), None, "full", 0
+        sketches, self.window, self.phase = self.window.merge(), None, "full"
         if not sketches and not self.clusters:
             self.open_window()
             return {}
@@ -224,16 +269,7 @@ class ClusterLearner:
         finally:
             self.seconds += time.perf_counter() - started
 
-    def _warn_of_many_sizes(self) -> None:
-        """A second window in a row that sizes have left behind: they do not just grow now and then."""
-        self._stalled += 1
-        if self._stalled == 2:
-            ranks.warn(
-                f"sizes of maps changed before num_samples={self.sketches.num_samples} samples of one size "
-                "were gathered, so there are no new clusters; lower num_samples, or train with fewer sizes"
-            )
-
-    def _warn_once(self, name: str, message: str) -> None:
-        if name not in self._warned:
-            self._warned.add(name)
+    def _warn_once(self, about: Hashable, message: str) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
             ranks.warn(message)

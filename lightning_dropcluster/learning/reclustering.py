@@ -10,6 +10,7 @@ from lightning_dropcluster.clustering.protocol import Clusterer, append_position
 from lightning_dropcluster.learning.running_profiles import RunningProfiles
 from lightning_dropcluster.learning.scopes import Grouping
 from lightning_dropcluster.learning.sketch import Sketch
+from lightning_dropcluster.memory import is_out_of_memory
 
 OnProgress = Callable[[str, float], None]
 """Takes the layer whose turn it is, and the share of all features that is done, in [0, 1)."""
@@ -27,7 +28,7 @@ def recluster(work: Callable[[], dict[str, Tensor]], device: torch.device) -> di
         labels = work()
     except Exception as caught:  # kept until all ranks can raise together
         error = caught
-    lacks_memory = error is not None and _is_out_of_memory(error)
+    lacks_memory = error is not None and is_out_of_memory(error)
     ranks.raise_together(None if lacks_memory else error, device)
     if ranks.any_rank(lacks_memory, device):
         cause = error if lacks_memory else "on another rank"
@@ -92,16 +93,6 @@ def _cluster(
         old = old.long().clamp(max=count - 1)
     labels = clusterer.fit(points, count, init_labels=old, grid=grid)
     return canonicalize(labels, profiles, count, grid)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Torch and Python have types for it, FAISS only words."""
-    words = str(error).lower()
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or "out of memory" in words
-        or "bad_alloc" in words
-    )
 
 
 def _my_block(problems: int, position: int) -> slice:

@@ -26,18 +26,27 @@ class SketchSettings:
     sketch_dim: int = 64
     seed: int = 0
 
-    def make(self, shape: Shape, window: int, device: torch.device) -> "Sketch":
+    @property
+    def num_samples_here(self) -> int:
+        """This rank's share of the samples."""
+        return -(-self.num_samples // ranks.world_size())
+
+    def num_bytes(self, shape: Shape) -> int:
+        """Return the size of a layer's sketch: moments, sums and origin, all float32."""
+        return 4 * math.prod(SCOPES[self.scope].problems(shape)) * (self.sketch_dim + 2)
+
+    def make(self, shape: Shape, window: int, device: torch.device, *, any_size: bool = False) -> "Sketch":
         """Make this rank's sketch of a layer in the window of that number."""
-        size = ranks.world_size()
         return Sketch(
             shape,
             scope=self.scope,
-            num_samples=-(-self.num_samples // size),
+            num_samples=self.num_samples_here,
             sketch_dim=self.sketch_dim,
             seed=self.seed,
             window=window,
             rank=ranks.rank(),
-            world_size=size,
+            world_size=ranks.world_size(),
+            any_size=any_size,
             device=device,
         )
 
@@ -57,7 +66,8 @@ class Sketch(nn.Module):
     bit, and large means cost no precision.
 
     Only the first ``num_samples`` samples count. The i-th of them on this rank has the index
-    ``i * world_size + rank`` in the window, and each window has signs of its own.
+    ``i * world_size + rank`` in the window, and each window has signs of its own. With ``any_size`` maps of
+    other sizes are taken too, resized by nearest neighbour, as labels are where they are looked up.
 
     Example:
         >>> sketch = Sketch((2, 4, 4), num_samples=8, sketch_dim=16)
@@ -84,13 +94,14 @@ class Sketch(nn.Module):
         window: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        any_size: bool = False,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.shape = tuple(shape)
         self.scope = SCOPES[scope]
         self.num_samples, self.sketch_dim = num_samples, sketch_dim
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.any_size = rank, world_size, any_size
         self.observations = self.scope.observations(self.shape)
         problems, items = self.scope.problems(self.shape)
         num_items = problems * items
@@ -106,16 +117,27 @@ class Sketch(nn.Module):
         for name, value in buffers.items():
             self.register_buffer(name, value)
 
+    def takes(self, shape: Shape) -> bool:
+        """Whether it takes activations of that shape."""
+        alike = shape[0] == self.shape[0] and len(shape) == len(self.shape)
+        return shape == self.shape or (self.any_size and alike)
+
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Add a batch of activations (N, *shape) of any floating type, which are not changed.
+        """Add a batch of activations of a shape and of any floating type, which are not changed.
 
         Tensor operations alone, without a look at values from the host, so that compiled code can hold it.
         """
         with torch.autocast(x.device.type, enabled=False):
-            for part in self._parts(x.detach()):
+            for part in self._parts(self._resized(x.detach())):
                 maps = part.float().reshape(len(part), self.shape[0], math.prod(self.shape[1:]))
                 self._add(self.scope.rows(maps), len(part))
+
+    def _resized(self, x: Tensor) -> Tensor:
+        for axis, (size, wanted) in enumerate(zip(x.shape[1:], self.shape, strict=True), start=1):
+            if size != wanted:
+                x = x.index_select(axis, torch.arange(wanted, device=x.device) * size // wanted)
+        return x
 
     def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """Leave out samples beyond those asked for; on a CPU, cut the rest into parts that fit the cache."""
@@ -157,7 +179,8 @@ class Sketch(nn.Module):
 
     def is_finite(self) -> bool:
         """Whether no NaN or infinity, and no value whose square overflows, was gathered."""
-        return bool((self.moments.abs() < _HUGE).all() & (self.sums.abs() < _HUGE).all())
+        largest = torch.stack([torch.linalg.vector_norm(x, torch.inf) for x in (self.moments, self.sums)])
+        return bool((largest < _HUGE).all())  # a norm makes no copy, and is NaN where any value is
 
     def profiles(self, problems: slice = slice(None)) -> Tensor:
         """Return the centred profiles (B, F, D) of some problems: squared distances are 2 - 2 x correlation.

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dropcluster.checks import describe
 from lightning_dropcluster.learning.clusters import Clusters, check_shape, clusters_from_state
 from lightning_dropcluster.learning.scopes import SCOPES
 
@@ -20,10 +21,10 @@ def read_state(state: Any, scope: str) -> dict[str, Clusters]:
         raise ValueError(f"state_dict: it was written with scope={state['scope']!r}, not scope={scope!r}")
     _check_progress(state["progress"])
     _check_count("windows_opened", state["windows_opened"])
+    _check_count("samples_left_out", state.get("samples_left_out", 0))
     _require_mapping("state_dict['clusters']", state["clusters"])
-    _require_mapping("state_dict['shapes']", state["shapes"])
-    for name, shape in state["shapes"].items():
-        check_shape(shape, f"state_dict['shapes'][{name!r}]")
+    _check_shapes("shapes", state["shapes"])
+    _check_shapes("resized_to", state.get("resized_to", {}))
     _check_window(state["window"])
     _check_memory(state["memory"])
     return {
@@ -75,12 +76,27 @@ def _check_count(name: str, count: Any) -> None:
         raise ValueError(f"state_dict: {name}={count!r} must be an integer of at least 0")
 
 
+def _check_shapes(entry: str, shapes: Any) -> None:
+    _require_mapping(f"state_dict[{entry!r}]", shapes)
+    for name, shape in shapes.items():
+        check_shape(shape, f"state_dict[{entry!r}][{name!r}]")
+
+
 def _check_window(window: Any) -> None:
     if window is not None:
         _require_mapping("state_dict['window']", window)
         for name, sketch in window.items():
             _require_entries(f"state_dict['window'][{name!r}]", sketch, ("shape", "moments", "count"))
             check_shape(sketch["shape"], f"state_dict['window'][{name!r}]['shape']")
+            _check_passed(sketch.get("passed", []), f"state_dict['window'][{name!r}]['passed']")
+
+
+def _check_passed(passed: Any, what: str) -> None:
+    if not isinstance(passed, list) or not all(isinstance(one, list) and len(one) == 2 for one in passed):
+        raise ValueError(f"{what}={describe(passed)}: must be a list of shapes and counts")
+    for shape, count in passed:
+        check_shape(shape, what)
+        _check_count(what, count)
 
 
 def _check_memory(memory: Any) -> None:
