@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 from statistics import median, quantiles
@@ -21,9 +21,9 @@ from torch.profiler import profile
 
 from lightning_dropcluster import ClusterDrop, FaissKMeans, select_layers
 from lightning_dropcluster.layers.injection import Injection
-from lightning_dropcluster.learning.learner import ClusteredLayers
+from lightning_dropcluster.learning.learner import ClusterLearner
 from lightning_dropcluster.learning.scopes import Grouping
-from lightning_dropcluster.learning.sketch import Sketch
+from lightning_dropcluster.learning.sketch import Sketch, SketchSettings
 
 MODELS = (
     ("resnet50", "layer*.*.conv2"),
@@ -136,17 +136,10 @@ def report(
 
 def clustered(
     model: nn.Module, modules: dict[str, nn.Module], step: Step, device: torch.device
-) -> ClusteredLayers:
+) -> ClusterLearner:
     """Learn clusters in a few steps, as the callback would."""
-    layers = ClusteredLayers(
-        Grouping(cluster_size=CLUSTER_SIZE),
-        FaissKMeans(),
-        num_samples=32,
-        sketch_dim=64,
-        seed=0,
-        overlap_steps=0,
-        per_sample=True,
-        rescale="batch",
+    layers = ClusterLearner(
+        Grouping(cluster_size=CLUSTER_SIZE), FaissKMeans(), SketchSettings(num_samples=32)
     )
     layers.attach(modules, device)
     layers.begin_step(0.0)
@@ -159,9 +152,9 @@ def clustered(
     return layers
 
 
-def open_sketches(layers: ClusteredLayers) -> dict[str, Sketch]:
+def open_sketches(layers: ClusterLearner) -> dict[str, Sketch]:
     """Make the sketches of a window so large that no step fills it."""
-    layers.num_samples = 2**30
+    layers.sketches = replace(layers.sketches, num_samples=2**30)
     layers.open_window()
     assert layers.window is not None
     layers.window.arm()
@@ -170,7 +163,7 @@ def open_sketches(layers: ClusteredLayers) -> dict[str, Sketch]:
 
 
 @contextmanager
-def dropping(layers: ClusteredLayers, sketches: Mapping[str, Sketch] | None = None) -> Iterator[None]:
+def dropping(layers: ClusterLearner, sketches: Mapping[str, Sketch] | None = None) -> Iterator[None]:
     """A step in which the clusters of attached layers are dropped.
 
     Args:

@@ -1,4 +1,4 @@
-"""How long training stands still for reclustering, with and without a thread in the background."""
+"""How long training stands still for reclustering."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from train import Classifier, build_trainer
 from lightning_dropcluster import DropCluster
 
 LAYERS = ["conv1", "layer1.*.conv*"]
-OVERLAPS = (0, 4)
 
 
 class Watch(pl.Callback):
@@ -38,22 +37,14 @@ class Watch(pl.Callback):
         return [later - earlier for earlier, later in zip(self.ends, self.ends[1:], strict=False)]
 
 
-def fit(
-    name: str, overlap_steps: int, epochs: int, train_samples: int
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def fit(name: str, epochs: int, train_samples: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train a small ResNet with a reclustering in every epoch, on a GPU where there is one.
 
     Returns:
         Its labels and what was measured.
     """
     pl.seed_everything(0, verbose=False)
-    callback = DropCluster(
-        LAYERS,
-        start=0,
-        every_n_epochs=1,
-        num_samples=train_samples // 2,
-        overlap_steps=overlap_steps,
-    )
+    callback = DropCluster(LAYERS, start=0, every_n_epochs=1, num_samples=train_samples // 2)
     watch = Watch()
     trainer = build_trainer(Settings(epochs=epochs, progress_bar=False), callback, watch)
     model = Classifier(build_model(name, "cifar", 10), 10, lr=0.05, weight_decay=0.0)
@@ -69,16 +60,14 @@ def fit(
 
 
 def stall_records(name: str, train_samples: int, *, epochs: int) -> Iterator[dict[str, Any]]:
-    """Fit twice for each setting, to see that the labels come out the same."""
-    for overlap_steps in OVERLAPS:
-        with quiet():
-            first, _ = fit(name, overlap_steps, epochs, train_samples)
-            second, measured = fit(name, overlap_steps, epochs, train_samples)
-        yield {
-            "benchmark": "stall",
-            "model": name,
-            "layers": LAYERS,
-            "case": f"overlap_steps={overlap_steps}",
-            **measured,
-            "repeats_alike": all(torch.equal(first[layer], second[layer]) for layer in first),
-        }
+    """Fit twice, to see that the labels come out the same."""
+    with quiet():
+        first, _ = fit(name, epochs, train_samples)
+        second, measured = fit(name, epochs, train_samples)
+    yield {
+        "benchmark": "stall",
+        "model": name,
+        "layers": LAYERS,
+        **measured,
+        "repeats_alike": all(torch.equal(first[layer], second[layer]) for layer in first),
+    }

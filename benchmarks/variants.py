@@ -10,8 +10,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from lightning_dropcluster.callbacks import drop_cluster
 from lightning_dropcluster.functional import cluster_drop
-from lightning_dropcluster.learning import learner, window
+from lightning_dropcluster.learning import sketch
 from lightning_dropcluster.learning.sketch import Sketch
 from lightning_dropcluster.methods import ClusterDrop
 from lightning_dropcluster.methods.masking import draw_uniform
@@ -81,10 +82,10 @@ class BySalience(ClusterDrop):
 
 
 _PARTS = {
-    "values": (window, "Sketch", ValueSketch),
-    "noise": (learner, "ClusterDrop", Noise),
-    "other-image": (learner, "ClusterDrop", OtherImage),
-    "salience": (learner, "ClusterDrop", BySalience),
+    "values": (sketch, "Sketch", ValueSketch),
+    "noise": (drop_cluster, "ClusterDrop", Noise),
+    "other-image": (drop_cluster, "ClusterDrop", OtherImage),
+    "salience": (drop_cluster, "ClusterDrop", BySalience),
 }
 
 

@@ -111,7 +111,6 @@ class Diary(pl.Callback):
                 "drop_prob": self.callback.drop_prob_now,
                 "opened": layers.windows_opened,
                 "is_open": layers.window is not None,
-                "awaits": layers.reclustering is not None,
             }
         )
 

@@ -105,9 +105,8 @@ def assert_alike(results: list[dict]) -> None:
     ("world_size", "options", "num_samples"),
     [
         pytest.param(2, {}, 45),
-        pytest.param(2, {"overlap_steps": 2}, 48, marks=pytest.mark.long),
         pytest.param(4, {}, 90, marks=pytest.mark.long),
-        pytest.param(4, {"overlap_steps": 2, "num_samples": 30}, 90, marks=pytest.mark.long),
+        pytest.param(4, {"num_samples": 30}, 90, marks=pytest.mark.long),
     ],
 )
 def test_ranks_share_the_work_and_agree_on_labels(world_size, options, num_samples, tmp_path):
@@ -122,8 +121,6 @@ def test_ranks_share_the_work_and_agree_on_labels(world_size, options, num_sampl
     assert len({told["dropped"] for told in results}) == world_size  # ... and yet with masks of their own
     for told in results[1:]:
         assert told["warnings"] == []
-    wait = options.get("overlap_steps", 0)
-    assert column(results[0], "awaits").count(True) == 3 * wait
 
 
 def train_with_clean_averages(world_size: int) -> dict:
@@ -216,16 +213,16 @@ def test_a_rank_that_gathers_fewer_samples(world_size, tmp_path):
     assert column(results[0], "is_open").index(False) == -(-share // 2)
 
 
-def train_failing(world_size: int, error: Exception, rank: int, call: int, overlap_steps: int) -> dict:
-    callback = make_callback(clusterer=Failing(error, rank, call), overlap_steps=overlap_steps)
+def train_failing(world_size: int, error: Exception, rank: int, call: int) -> dict:
+    callback = make_callback(clusterer=Failing(error, rank, call))
     return fit(callback, Classifier(), make_loader(48, 4), **ddp(world_size))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("world_size", "overlap_steps"), [(2, 0), (2, 2), (4, 0)])
-def test_an_error_in_the_clusterer_of_one_rank_surfaces_on_all(world_size, overlap_steps, tmp_path):
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_an_error_in_the_clusterer_of_one_rank_surfaces_on_all(world_size, tmp_path):
     error = ValueError("out of luck")
-    results = run_ranks(train_failing, world_size, tmp_path, world_size, error, 1, 5, overlap_steps)
+    results = run_ranks(train_failing, world_size, tmp_path, world_size, error, 1, 5)
     for rank, told in enumerate(results):
         assert told["hooks"] == 0
         if rank == 1:
@@ -237,7 +234,7 @@ def test_an_error_in_the_clusterer_of_one_rank_surfaces_on_all(world_size, overl
 @pytest.mark.long
 @pytest.mark.parametrize("rank", [0, 1])
 def test_out_of_memory_on_one_rank_keeps_the_old_labels_on_all(rank, tmp_path):
-    results = run_ranks(train_failing, 2, tmp_path, 2, MemoryError("too much"), rank, 5, 0)
+    results = run_ranks(train_failing, 2, tmp_path, 2, MemoryError("too much"), rank, 5)
     assert_alike(results)
     assert len(set(column(results[0], "labels"))) == 3  # none, the first and the third
     cause = "too much" if rank == 0 else "on another rank"
@@ -360,15 +357,13 @@ def test_sharded_parameters(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4), (2, 2)])
-@pytest.mark.parametrize("moment", ["open", "awaited", "labels"])
+@pytest.mark.parametrize("moment", ["open", "labels"])
 def test_a_checkpoint_goes_on_with_another_number_of_ranks(before, after, moment, tmp_path):
     path = tmp_path / "moment.ckpt"
     results = run_ranks(train_elsewhere, before, tmp_path, before, path, SAVED_AFTER[moment])
     assert_alike(results)
     state = next(iter(torch.load(path, weights_only=True)["callbacks"].values()))
-    awaits = moment == "awaited" and before == 1
-    assert (state["window"] is not None) == (moment != "labels" and not awaits)
-    assert (state["reclustering"] is not None) == awaits
+    assert (state["window"] is not None) == (moment != "labels")
     assert bool(state["clusters"]) == (moment == "labels")
     resumed = run_ranks(train_elsewhere, after, tmp_path, after, path)
     assert_alike(resumed)
@@ -377,14 +372,9 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(before, after, moment
     assert labels[-1] != digest({})
     if moment == "labels":
         assert labels[0] == digest(results[0]["labels"])
-    elif awaits:
-        waiting = state["reclustering"]
-        assert labels[1] == digest(
-            {name: t.reshape(waiting["shapes"][name]).long() for name, t in waiting["labels"].items()}
-        )
 
 
-SAVED_AFTER = {"open": 3, "awaited": 5, "labels": 7}  # steps; the window is full after the fourth
+SAVED_AFTER = {"open": 3, "labels": 7}  # steps; the window is full after the fourth
 
 
 def train_elsewhere(world_size: int, path: Path, save_after: int | None = None) -> dict:
@@ -403,7 +393,6 @@ def train_elsewhere(world_size: int, path: Path, save_after: int | None = None) 
         num_samples=48,
         every_n_epochs=None,
         every_n_train_steps=8,
-        overlap_steps=2,
     )
     return fit(
         callback,

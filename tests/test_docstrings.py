@@ -1,9 +1,7 @@
-"""Every public function says its arguments with their shapes, what it returns and what it raises."""
+"""What users call or subclass says its arguments with their shapes, what it returns and what it raises."""
 
 import ast
-import importlib
 import inspect
-import pkgutil
 import re
 import textwrap
 from dataclasses import is_dataclass
@@ -12,25 +10,21 @@ import pytest
 from docstring_parser import DocstringStyle, parse
 
 import lightning_dropcluster
-
-MODULES = ["lightning_dropcluster"] + [
-    found.name for found in pkgutil.walk_packages(lightning_dropcluster.__path__, "lightning_dropcluster.")
-]
+from lightning_dropcluster import functional
 
 
 def public_names():
-    """Yield (name, class or function) of what the modules define, and of methods that override none."""
-    for module in map(importlib.import_module, MODULES):
-        for name, value in vars(module).items():
-            if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
-                continue
+    """Yield (name, class or function) of what users see and subclass, and of methods that override none."""
+    for package in (lightning_dropcluster, functional):
+        for name in package.__all__:
+            value = getattr(package, name)
             if inspect.isroutine(value) or inspect.isclass(value):
-                yield f"{module.__name__}.{name}", value
+                yield name, value
             if inspect.isclass(value):
                 for method in vars(value).values():
                     function = inspect.unwrap(getattr(method, "__func__", method))
                     if inspect.isfunction(function) and is_new(function, value):
-                        yield f"{module.__name__}.{function.__qualname__}", function
+                        yield function.__qualname__, function
 
 
 def is_new(function, owner) -> bool:

@@ -104,7 +104,6 @@ OPTIONS = {
     "per_sample": st.booleans(),
     "rescale": st.sampled_from(["batch", "expected"]),
     "position_weight": st.just(0.0) | st.floats(0, 1e6),
-    "overlap_steps": st.just(0) | st.integers(0, 7),
     "seed": st.integers(0, 2**31 - 1),
 }
 ANYTHING = st.sampled_from([-1, 0, 1, 2.5, 1.0, NAN, INF, -INF, 10**30, 2**31, 1e300, True, "1", None, [1]])

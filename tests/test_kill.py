@@ -154,9 +154,6 @@ def assert_went_on(resumed: dict, whole: dict, first: int | None = None) -> None
     assert whole["labels"]
 
 
-AWAITED = {"overlap_steps": 1}
-
-
 @pytest.mark.parametrize(
     ("moment", "step", "options", "first"),
     [
@@ -170,9 +167,6 @@ AWAITED = {"overlap_steps": 1}
         pytest.param("in the step", 7, {}, 8, id="between reclusterings", marks=pytest.mark.long),
         pytest.param("in the step", 9, {}, 10, id="second window", marks=pytest.mark.long),
         pytest.param("clustering", 5, {}, 10, id="second reclustering", marks=pytest.mark.long),
-        pytest.param("before the step", 6, AWAITED, 7, id="labels awaited", marks=pytest.mark.long),
-        pytest.param("in the step", 10, AWAITED, 11, id="new labels awaited", marks=pytest.mark.long),
-        pytest.param("in the step", 15, AWAITED, 16, id="last step", marks=pytest.mark.long),
     ],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_been(moment, step, options, first, whole, tmp_path):
@@ -191,19 +185,16 @@ def test_what_the_phases_are(whole):
     assert [i for i in range(2, 17) if labels[i - 1] != labels[i - 2]] == [6, 10, 14]
     closed = steps[1]["window"]
     assert [step for step in range(1, 17) if steps[step]["window"] != closed] == [5, 9, 13]
-    awaited = [whole(AWAITED)["steps"][step]["labels"] for step in range(1, 17)]
-    assert [i for i in range(2, 17) if awaited[i - 1] != awaited[i - 2]] == [7, 11, 15]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("options", [{}, AWAITED])
-def test_a_run_killed_again_and_again_from_outside(options, whole, tmp_path):
+def test_a_run_killed_again_and_again_from_outside(whole, tmp_path):
     """At moments that nobody chose, perhaps while a file is written; training is slowed down for that.
 
     In one long epoch: a run resumed at the end of an epoch and again within the next one repeats batches,
     by Lightning's own counters and also without any callback.
     """
-    options = options | {"every_n_epochs": None, "every_n_train_steps": 4}
+    options = {"every_n_epochs": None, "every_n_train_steps": 4}
     steps: list[int] = []
     for attempt in range(4):
         process = start(train, tmp_path / "killed.pt", tmp_path, options, "", -1, 0.05)
@@ -278,11 +269,14 @@ def test_a_checkpoint_never_executes_anything(weights_only, tmp_path):
     assert (tmp_path / "exploded").exists()  # it was a bomb indeed
 
 
+MOMENTS: tuple[dict, ...] = ({"num_samples": 25}, {})
+
+
 @pytest.fixture(scope="module")
 def states(tmp_path_factory):
-    """States of three moments: a window open, labels awaited, and labels in use."""
+    """States of two moments: a window open, and labels in use."""
     found: list[dict] = []
-    for options in ({"num_samples": 25}, {"overlap_steps": 3}, {}):
+    for options in MOMENTS:
         callback = make_callback(**options)
         folder = tmp_path_factory.mktemp("states")
 
@@ -329,14 +323,14 @@ def replaced(value: dict, path: tuple, junk) -> dict:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("moment", [0, 1, 2])
+@pytest.mark.parametrize("moment", range(len(MOMENTS)))
 def test_a_corrupted_state_is_taken_or_refused_by_name(moment, states, tmp_path):
     """Whatever stands in the callback's part of a checkpoint: a fit that works, or an error that names it."""
     checkpoint = states[moment]
     ((key, state),) = [
         (key, state) for key, state in checkpoint["callbacks"].items() if key.startswith("DropCluster")
     ]
-    options = ({"num_samples": 25}, {"overlap_steps": 3}, {})[moment]
+    options = MOMENTS[moment]
     strange: list[str] = []
     refused = 0
     for path in leaves(state):

@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 from lightning_dropcluster import REGULARIZERS
 from lightning_dropcluster.clustering import FaissKMeans, torch_kmeans
 from lightning_dropcluster.layers.selection import select_layers
-from lightning_dropcluster.learning.learner import ClusteredLayers
+from lightning_dropcluster.learning.learner import ClusterLearner
 from lightning_dropcluster.learning.scopes import SCOPES, Grouping
-from lightning_dropcluster.learning.sketch import Sketch
+from lightning_dropcluster.learning.sketch import Sketch, SketchSettings
 
 SHAPE = (4, 6, 8)
 OPTIONS = {
@@ -90,41 +90,33 @@ def test_an_iteration_of_k_means_waits_for_no_value():
         assert torch_kmeans._sums_by_product(points, labels, 4).device.type == "cuda"
 
 
-def make_step(model: nn.Module, *, gathers: bool) -> ClusteredLayers:
+def make_step(model: nn.Module, *, gathers: bool) -> ClusterLearner:
     """Hook a model, let it learn clusters, and begin the step after that, all of it on the CPU."""
-    layers = ClusteredLayers(
-        Grouping(cluster_size=4),
-        FaissKMeans(),
-        num_samples=8,
-        sketch_dim=8,
-        seed=0,
-        overlap_steps=0,
-        per_sample=True,
-        rescale="batch",
-    )
-    layers.attach(select_layers(model, "layer*.*.conv2"), torch.device("cpu"))
-    layers.open_window()
-    while not layers.end_step():
-        layers.begin_step(0.0)
+    settings = SketchSettings(num_samples=8, sketch_dim=8)
+    learner = ClusterLearner(Grouping(cluster_size=4), FaissKMeans(), settings)
+    learner.attach(select_layers(model, "layer*.*.conv2"), torch.device("cpu"))
+    learner.open_window()
+    while not learner.end_step():
+        learner.begin_step(0.0)
         model(torch.randn(8, 3, 64, 64))
     if gathers:
-        layers.open_window()
-    layers.begin_step(0.3)
-    return layers
+        learner.open_window()
+    learner.begin_step(0.3)
+    return learner
 
 
 @pytest.mark.parametrize("gathers", [False, True])
 def test_a_step_waits_for_no_value_but_to_learn_whether_the_window_is_full(gathers):
     model = timm.create_model("resnet18", num_classes=10)
-    layers = make_step(model, gathers=gathers)
+    learner = make_step(model, gathers=gathers)
     with pretended_gpu():
-        parts = [part for hook in layers.hooks.values() for part in (hook.regularizer, hook.sketch)]
+        parts = [part for hook in learner.hooks.values() for part in (hook.regularizer, hook.sketch)]
         for module in (model, *filter(None, parts)):
             moved(module)
-        layers.begin_step(0.3)
+        learner.begin_step(0.3)
         assert model(torch.empty(8, 3, 64, 64, device="cuda")).device.type == "cuda"
         with pytest.raises(DataDependentOutputException) if gathers else nullcontext():
-            layers.end_step()
+            learner.end_step()
 
 
 def test_the_pretence_notices_a_value_that_is_looked_at():

@@ -12,9 +12,9 @@ from torch.multiprocessing import spawn
 from lightning_dropcluster import ranks
 from lightning_dropcluster.clustering import FaissKMeans
 from lightning_dropcluster.layers.hooks import LayerHook
-from lightning_dropcluster.learning.reclustering import Reclustering, cluster_share
+from lightning_dropcluster.learning.reclustering import cluster_share, recluster
 from lightning_dropcluster.learning.scopes import SCOPES, Grouping
-from lightning_dropcluster.learning.sketch import Sketch
+from lightning_dropcluster.learning.sketch import Sketch, SketchSettings
 from lightning_dropcluster.learning.window import GatheringWindow
 
 CPU = torch.device("cpu")
@@ -85,9 +85,8 @@ def run_failures(rank):
     messages = []
     for culprit in (0, 1):
         work = fail if rank == culprit else dict
-        job = Reclustering({}, work, wait_steps=0, in_background=False)
         try:
-            job.result(CPU)
+            recluster(work, CPU)
         except Exception as error:
             messages.append(f"{type(error).__name__}: {error}")
     return messages
@@ -110,15 +109,14 @@ class Counting(FaissKMeans):
 def run_reclustering(rank):
     clusterer = Counting()
     work = partial(cluster_share, make_sketches(), {}, clusterer, Grouping(num_clusters=4))
-    labels = Reclustering({}, work, wait_steps=0, in_background=True).result(CPU)
+    labels = recluster(work, CPU)
     return {"labels": labels, "problems": clusterer.problems}
 
 
 def run_window(rank):
-    settings = {"scope": SCOPES["map"], "number": 0, "num_samples": 12, "sketch_dim": 8, "seed": 0}
     layer = torch.nn.Identity()
     hooks = {name: LayerHook(name, layer, None) for name in ("stem", "late")}
-    window = GatheringWindow(hooks, device=CPU, **settings)
+    window = GatheringWindow(hooks, SketchSettings(num_samples=12, sketch_dim=8), 0, CPU)
     full = []
     for batch in range(3):
         window.arm()
@@ -126,7 +124,7 @@ def run_window(rank):
             if name == "stem" or rank == 0:  # "late" never runs on rank 1
                 hook.first_call = True
                 hook(layer, (), X[8 * batch + rank : 8 * (batch + 1) : 2])
-        full.append(window.is_full())
+        full.append(window.verdict())
     state = window.state_dict()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -141,6 +139,31 @@ def run_window(rank):
     }
 
 
+def run_failing_window(rank):
+    """Memory does not suffice on rank 1."""
+    window = GatheringWindow(
+        {"stem": LayerHook("stem", torch.nn.Identity(), None)}, SketchSettings(num_samples=12), 0, CPU
+    )
+    window.hooks["stem"].gather_error = MemoryError("full") if rank == 1 else None
+    found = [window.verdict(), [*window.failed], window.failed["stem"] is None]
+    window.close()
+    return [*found, window.verdict()]
+
+
+def run_stalled_window(rank):
+    """The size changes on rank 1 alone."""
+    layer = torch.nn.Identity()
+    hook = LayerHook("stem", layer, None)
+    window = GatheringWindow({"stem": hook}, SketchSettings(num_samples=20), 0, CPU)
+    found = []
+    for width in (5, 5, *[3 if rank == 1 else 5] * 3):
+        window.arm()
+        hook.first_call = True
+        hook(layer, (), X[:2] if width == 5 and len(found) > 1 else X[:8, :, :, :width])
+        found.append(window.verdict())
+    return found
+
+
 RUNS = (
     run_collectives,
     run_merge,
@@ -148,6 +171,8 @@ RUNS = (
     run_failures,
     run_reclustering,
     run_window,
+    run_failing_window,
+    run_stalled_window,
 )
 
 
@@ -216,7 +241,7 @@ def test_problems_are_shared_out_and_all_ranks_get_all_labels(both):
 
 def test_a_window_counts_and_merges_over_ranks(both):
     for results in both:
-        assert results["run_window"]["full"] == [False, False, True]
+        assert results["run_window"]["full"] == ["open", "open", "full"]
         assert results["run_window"]["merged"] == ["stem"]
         assert results["run_window"]["counts"] == [12]
     assert torch.equal(both[0]["run_window"]["profiles"], both[1]["run_window"]["profiles"])
@@ -232,6 +257,16 @@ def test_a_layer_that_ran_on_one_rank_alone_is_named_once(both):
     assert len(warned) == 1
     assert "layer 'late' was not gathered, or not alike on all ranks" in warned[0]
     assert both[1]["run_window"]["warnings"] == []
+
+
+def test_a_window_fails_on_all_ranks_where_memory_does_not_suffice_on_one(both):
+    for rank, results in enumerate(both):
+        assert results["run_failing_window"] == ["failed", ["stem"], rank == 0, "open"]
+
+
+def test_a_window_stalls_on_all_ranks_where_enough_have_passed_on_one(both):
+    for results in both:
+        assert results["run_stalled_window"] == ["open"] * 4 + ["stalled"]
 
 
 def test_with_several_ranks_an_open_window_is_not_in_the_state(both):

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,10 +20,11 @@ from lightning_dropcluster.clustering.protocol import check_clusterer
 from lightning_dropcluster.layers.injection import unused_layers_error
 from lightning_dropcluster.layers.selection import Layers, LayerTypes
 from lightning_dropcluster.learning.clusters import Clusters, read_initial_labels
-from lightning_dropcluster.learning.learner import ClusteredLayers
+from lightning_dropcluster.learning.learner import ClusterLearner
 from lightning_dropcluster.learning.reclustering import try_clusterer
 from lightning_dropcluster.learning.reports import Report
 from lightning_dropcluster.learning.scopes import SCOPES, Grouping
+from lightning_dropcluster.learning.sketch import SketchSettings
 from lightning_dropcluster.learning.state import read_state
 from lightning_dropcluster.methods import ClusterDrop
 from lightning_dropcluster.visualization.logged import PictureLog
@@ -80,7 +82,6 @@ class DropCluster(LayerCallback):
         position_weight: above 0, the row and column of a feature count in the clustering; this is the
             distance between opposite edges of a map, where uncorrelated profiles have a distance of 1.41;
             at most a million.
-        overlap_steps: above 0, cluster in the background and switch to the labels that many steps later.
         clean_statistics: let BatchNorm's running averages follow one step in eight, which drops nothing, so
             that they fit evaluation (https://arxiv.org/abs/1801.05134). Models without such averages are
             trained as without it.
@@ -104,7 +105,7 @@ class DropCluster(LayerCallback):
     """
 
     log_name = "dropcluster"
-    _layers: ClusteredLayers
+    _layers: ClusterLearner
 
     def __init__(
         self,
@@ -126,7 +127,6 @@ class DropCluster(LayerCallback):
         rescale: str = "batch",
         paired: bool = False,
         position_weight: float = 0.0,
-        overlap_steps: int = 0,
         clean_statistics: bool = True,
         layer_types: LayerTypes | None = None,
         initial_labels: str | PathLike[str] | Mapping[str, Tensor] | None = None,
@@ -143,9 +143,9 @@ class DropCluster(LayerCallback):
         if clusterer is not None:
             check_clusterer(clusterer)
         # The module checks its own settings, here as early as the others.
-        ClusterDrop(torch.zeros(1, 1).int(), per_sample=per_sample, rescale=rescale, paired=paired)
+        make_drop = partial(ClusterDrop, per_sample=per_sample, rescale=rescale, paired=paired)
+        make_drop(torch.zeros(1, 1).int())
         check_bool("log_pictures", log_pictures)
-        overlap_steps = check_number("overlap_steps", overlap_steps, 0, integer=True)
         seed = check_number("seed", seed, 0, MAX_INT, integer=True)
 
         ramp = make_ramp(default_ramp(drop_prob) if schedule is None else schedule)
@@ -163,17 +163,12 @@ class DropCluster(LayerCallback):
         self._first_clusters: dict[str, Clusters] = {}
         if initial_labels is not None:
             self._first_clusters = read_initial_labels(initial_labels, SCOPES[scope])
-        self._layers = ClusteredLayers(
+        self._layers = ClusterLearner(
             grouping,
             clusterer if clusterer is not None else _default_clusterer(seed),
-            num_samples=num_samples,
-            sketch_dim=sketch_dim,
+            SketchSettings(scope, num_samples, sketch_dim, seed),
             sketch_momentum=sketch_momentum,
-            seed=seed,
-            overlap_steps=overlap_steps,
-            per_sample=per_sample,
-            rescale=rescale,
-            paired=paired,
+            make_drop=make_drop,
         )
 
     # What there is to see
@@ -219,9 +214,8 @@ class DropCluster(LayerCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Wait for labels that are still being made; say so where there never were any."""
+        """Say so where there never were any labels."""
         super().on_train_end(trainer, pl_module)
-        self._layers.finish()
         if not is_trial(trainer):
             self._warn_of_no_clusters()
 
@@ -317,13 +311,12 @@ class DropCluster(LayerCallback):
     def _warn_of_no_clusters(self) -> None:
         if self._layers.clusters or not self._schedule.has_begun:
             return
-        what, window = "no clusters were made and nothing was dropped", self._layers.window
+        what = "no clusters were made and nothing was dropped"
         if (error := unused_layers_error(self._layers.never_ran())) is not None:
             what = f"{what}: {error}"
-        elif window is not None:
-            reason = (
-                f"training ended before num_samples={window.num_samples} samples of one size were gathered"
-            )
+        elif self._layers.labels_pending:
+            num_samples = self._layers.sketches.num_samples
+            reason = f"training ended before num_samples={num_samples} samples of one size were gathered"
             what = f"{reason}, so {what}; lower num_samples, or start earlier"
         self._warn(what)
 

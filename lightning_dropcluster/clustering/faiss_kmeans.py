@@ -117,15 +117,7 @@ class FaissKMeans(TorchKMeans):
 
 
 def assign_on_gpu(points: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
-    """Let FAISS find the nearest centroids on the points' GPU.
-
-    Args:
-        points: (B, F, D) float32 CUDA tensor.
-        means: (B, K, D) float32 CUDA tensor.
-
-    Returns:
-        Labels (B, F) int64 and squared distances (B, F) on the device.
-    """
+    """Let FAISS do on the GPU what `assign_nearest` does."""
     resources, device = _gpu_resources(points.device.index), points.device.index
     with _GPU_LOCK, torch.cuda.device(points.device):
         found = [

@@ -20,16 +20,8 @@ def repair(
     Hard Regularization (https://arxiv.org/abs/2303.16521), which adds a cost for size to each assignment; we
     go on splitting, and the smallest cluster makes room each time.
 
-    Args:
-        points: (F, D), F >= num_clusters.
-        labels: (F,) in [0, num_clusters).
-        num_clusters: K.
-        min_share: clusters below this share of the mean size F / K are merged; in [0, 0.5].
-        max_share: clusters above this share of the mean size are split; at least 2.
-
-    Returns:
-        Labels (F,) in [0, num_clusters). Every cluster has a member, unless there are fewer than K distinct
-        points; copies of one point stay together, whatever their number.
+    Shares are of the mean size F / K: ``min_share`` at most 0.5, ``max_share`` at least 2. Every cluster has
+    a member in the end, unless there are fewer than K distinct points; copies of one point stay together.
     """
     labels = _fill(points, labels, num_clusters, min_share)
     most = max_share * len(points) / num_clusters
@@ -58,16 +50,7 @@ def _fill(points: Points, labels: Labels, num_clusters: int, min_share: float) -
 
 
 def centroids(points: Points, labels: Labels, num_clusters: int) -> tuple[Points, NDArray[np.int64]]:
-    """Average the points of each cluster.
-
-    Args:
-        points: (F, D).
-        labels: (F,) in [0, num_clusters).
-        num_clusters: K.
-
-    Returns:
-        Centroids (K, D), zero for empty clusters, and sizes (K,).
-    """
+    """Average the points (F, D) of each cluster: centroids (K, D), zero for empty ones, and sizes (K,)."""
     sizes = np.bincount(labels, minlength=num_clusters)
     order = np.argsort(labels, kind="stable")
     starts = np.cumsum(sizes) - sizes

@@ -9,12 +9,7 @@ from torch import Tensor
 def tile(grid: tuple[int, ...], num_tiles: int) -> Tensor:
     """Cut a grid into connected blocks of nearly equal size, by halving the longest side again and again.
 
-    Args:
-        grid: its sides, of any number of dimensions.
-        num_tiles: how many, from 1 to the number of points.
-
-    Returns:
-        (points,) int64 labels in C order; every tile has a point.
+    Labels are in C order; every tile has a point where there are at least as many points as tiles.
 
     Example:
         >>> tile((2, 4), 2).tolist()

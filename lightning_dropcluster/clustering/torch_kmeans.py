@@ -115,14 +115,9 @@ class TorchKMeans:
 
 
 def assign_nearest(points: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
-    """Assign points to their nearest centroids, a block of distances at a time to bound memory.
+    """Return labels (B, F) of points (B, F, D) by the nearest of the means (B, K, D), and squared distances.
 
-    Args:
-        points: (B, F, D).
-        means: (B, K, D).
-
-    Returns:
-        Labels (B, F) int64 and squared distances (B, F).
+    A block of distances at a time, to bound memory.
     """
     problems, rows = _block_sides(points.shape[1], means.shape[1])
     labels = points.new_empty(points.shape[:2], dtype=torch.int64)

@@ -2,8 +2,12 @@
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+
+from lightning_dropcluster.layers.plain import NotSeen, apply_plainly, see
+from lightning_dropcluster.memory import is_out_of_memory
 
 
 class Gatherer(Protocol):
@@ -11,12 +15,12 @@ class Gatherer(Protocol):
 
     shape: tuple[int, ...]
 
-    def update(self, x: Tensor) -> None:
-        """Add a batch.
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether it takes outputs of that shape."""
+        ...
 
-        Args:
-            x: (N, *shape).
-        """
+    def update(self, x: Tensor) -> None:
+        """Add a batch (N, *shape)."""
         ...
 
 
@@ -24,9 +28,10 @@ class LayerHook:
     """A forward hook that shows the output of a layer to a sketch, then hands it to a regulariser.
 
     It acts only while the layer is in training mode. The attributes are for the owner to set between steps; a
-    call changes ``fired``, ``first_call``, ``shape`` and ``other_channels`` alone. That makes three variants
-    of it for ``torch.compile``: idle, dropping, gathering and dropping. A copy or pickle of the layer carries
-    a hook that does nothing, since nobody would steer or remove a live one.
+    call changes those alone that tell what it saw. That makes three variants of it for ``torch.compile``:
+    idle, dropping, gathering and dropping. Sketch and regulariser are given plain tensors, and what the hook
+    returns is of the type that the layer gave. A copy or pickle of the layer carries a hook that does
+    nothing, since nobody would steer or remove a live one.
 
     Args:
         name: of the layer, for errors.
@@ -38,11 +43,13 @@ class LayerHook:
         active: whether to regularise.
         touches: whether the parameters of a regulariser that is not active take part all the same, with
             gradients of zero: DDP waits for those of every parameter in every step.
-        sketch: where to gather, ``None`` while no window is open. Activations of another shape are left out.
+        sketch: where to gather what it takes, ``None`` while no window is open.
         first_call: whether the next call is the first of its step. Only that one is gathered: a layer may run
             several times in a step, and activation checkpointing runs it again in the backward pass.
         fired: whether the layer has run.
         shape: shape without the batch of the last first call, ``None`` before any.
+        batch_size: of that call.
+        gather_error: what kept the sketch from taking that call; the sketch is gone then.
         other_channels: number of channels of a later call, where it was another; ``None`` otherwise.
     """
 
@@ -53,6 +60,8 @@ class LayerHook:
         self.sketch: Gatherer | None = None
         self.active, self.touches, self.first_call, self.fired = True, False, False, False
         self.shape: tuple[int, ...] | None = None
+        self.batch_size = 0
+        self.gather_error: Exception | None = None
         self.other_channels: int | None = None
         # A conv says how many dimensions a batch has; of other layers anything with a batch will do.
         self.num_dims = len(layer.kernel_size) + 2 if isinstance(layer, _ConvNd) else None
@@ -101,13 +110,29 @@ class LayerHook:
     def _gather(self, x: Tensor) -> None:
         if self.first_call:
             self.first_call = False
-            self.shape = tuple(x.shape[1:])
-            if self.sketch is not None and self.sketch.shape == self.shape:
-                self.sketch.update(x)
+            self.shape, self.batch_size = tuple(x.shape[1:]), x.shape[0]
+            if self.sketch is not None and self.sketch.takes(self.shape):
+                self._show(x, self.sketch)
         elif self.shape is not None and x.shape[1] != self.shape[0]:
             self.other_channels = x.shape[1]
 
+    def _show(self, x: Tensor, sketch: Gatherer) -> None:
+        """Let a sketch see the output; training goes on where it cannot, and the owner will see to that."""
+        if torch.compiler.is_compiling():
+            return sketch.update(x)
+        try:
+            see(x, sketch.update)
+        except Exception as error:
+            if not (isinstance(error, NotSeen) or is_out_of_memory(error)):
+                raise
+            self.sketch = None
+            self.gather_error = error.with_traceback(None)  # which would hold activations
+        return None
+
     def _regularize(self, x: Tensor) -> Tensor:
+        return apply_plainly(self._regularize_plain, x)
+
+    def _regularize_plain(self, x: Tensor) -> Tensor:
         made: Any = self.regularizer(x)  # pyright: ignore[reportOptionalCall]
         if not isinstance(made, Tensor) or made.shape != x.shape:
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropcluster.checks import check_integers, describe
+from lightning_dropcluster.layers.plain import as_plain
 from lightning_dropcluster.layers.selection import count_channels
 from lightning_dropcluster.learning.scopes import SCOPES, Scope, Shape
 from lightning_dropcluster.methods.cluster_drop import smallest_integer_type
@@ -16,11 +17,9 @@ from lightning_dropcluster.methods.cluster_drop import smallest_integer_type
 
 @dataclass(frozen=True)
 class Clusters:
-    """One layer's clusters.
+    """One layer's clusters: a table of integers that broadcasts to the layer's shape (C, *spatial).
 
-    Args:
-        table: label table in the smallest integer type that fits; it broadcasts to ``shape``.
-        shape: (C, *spatial) of the layer when it was clustered.
+    While the layer is hooked the table is the very buffer of its `ClusterDrop`, which is written in place.
     """
 
     table: Tensor
@@ -31,25 +30,18 @@ class Clusters:
         """The cluster of each feature, int64 (C, *spatial)."""
         return self.table.long().expand(self.shape).cpu().clone()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain scalars for a checkpoint.
+    def copy(self) -> "Clusters":
+        """Return clusters whose table nobody writes to."""
+        return Clusters(self.table.clone(), self.shape)
 
-        Returns:
-            The table on the CPU, and the shape.
-        """
-        return {"table": self.table.cpu(), "shape": list(self.shape)}
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of the table on the CPU, and the shape as plain scalars."""
+        return {"table": self.table.to("cpu", copy=True), "shape": list(self.shape)}
 
 
 @dataclass(frozen=True)
 class SavedClusters:
-    """What a checkpoint holds of all its DropClusters.
-
-    Args:
-        epoch: when it was written.
-        step: when it was written, in optimiser steps.
-        clusters: name of layer to its clusters.
-        scopes: name of layer to what was grouped.
-    """
+    """What a checkpoint holds of all its DropClusters, by name of layer, and when it was written."""
 
     epoch: int
     step: int
@@ -58,41 +50,16 @@ class SavedClusters:
 
 
 def clusters_from_labels(labels: Tensor, scope: Scope, name: str) -> Clusters:
-    """Check labels of a full layer and pack them.
-
-    Args:
-        labels: integers (C, *spatial), numbered from 0 within each problem of the scope.
-        scope: what was grouped.
-        name: of the layer, for errors.
-
-    Returns:
-        The clusters.
-
-    Raises:
-        TypeError: where the labels are no integer tensor.
-        ValueError: where a label is out of range, or the scope shares what differs.
-    """
+    """Check labels (C, *spatial), numbered from 0 within each problem of the scope, and pack them."""
     check_integers(f"labels of layer {name!r}", labels)
+    labels = as_plain(labels)
     if labels.ndim < 1 or not labels.numel():
         raise ValueError(f"labels of layer {name!r} have shape {tuple(labels.shape)}: must be (C, *spatial)")
     return _pack(scope.compress(labels), tuple(labels.shape), scope, name)
 
 
 def clusters_from_state(state: Any, scope: Scope, name: str) -> Clusters:
-    """Check what a checkpoint holds for one layer and unpack it.
-
-    Args:
-        state: what `Clusters.state_dict` returned.
-        scope: what was grouped.
-        name: of the layer, for errors.
-
-    Returns:
-        The clusters.
-
-    Raises:
-        TypeError: where the table is no integer tensor.
-        ValueError: where anything else is not as `Clusters.state_dict` makes it.
-    """
+    """Check what a checkpoint holds for one layer, which `Clusters.state_dict` made, and unpack it."""
     if not isinstance(state, Mapping) or set(state) != {"table", "shape"}:
         raise ValueError(f"state of layer {name!r}: must hold 'table' and 'shape', but is {describe(state)}")
     table, shape = state["table"], state["shape"]
@@ -107,21 +74,7 @@ def clusters_from_state(state: Any, scope: Scope, name: str) -> Clusters:
 
 
 def read_initial_labels(source: Any, scope: Scope) -> dict[str, Clusters]:
-    """Read clusters to start from.
-
-    Args:
-        source: name to labels (C, *spatial), as ``DropCluster.labels`` gives them, or the path of a Lightning
-            checkpoint that was written with a DropCluster of the same scope.
-        scope: what is grouped.
-
-    Returns:
-        Name to clusters.
-
-    Raises:
-        TypeError: where ``source`` is neither.
-        FileNotFoundError: where there is no such file.
-        ValueError: where it holds no labels, or labels that do not fit the scope.
-    """
+    """Read clusters to start from: labels as ``DropCluster.labels`` gives them, or a checkpoint's."""
     if isinstance(source, str | PathLike):
         return _clusters_in(source, scope)
     if not isinstance(source, Mapping):
@@ -138,19 +91,7 @@ def read_initial_labels(source: Any, scope: Scope) -> dict[str, Clusters]:
 
 
 def read_checkpoint(path: str | PathLike[str]) -> SavedClusters:
-    """Read the clusters that a Lightning checkpoint holds.
-
-    Args:
-        path: of a checkpoint that was written with a DropCluster, or several.
-
-    Returns:
-        The clusters of all its layers, none where there was no DropCluster.
-
-    Raises:
-        FileNotFoundError: where there is no such file.
-        TypeError: where a label table is no integer tensor.
-        ValueError: where it is no checkpoint, or its labels are damaged.
-    """
+    """Read the clusters that a Lightning checkpoint holds, of all its DropClusters."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -172,42 +113,18 @@ def read_checkpoint(path: str | PathLike[str]) -> SavedClusters:
 
 
 def check_shape(shape: Any, what: str) -> None:
-    """Check a layer's shape that came from a checkpoint.
-
-    Args:
-        shape: what should be a list (C, *spatial).
-        what: to call it in the error.
-
-    Raises:
-        ValueError: where it is no list of positive integers.
-    """
+    """Check a layer's shape that came from a checkpoint."""
     if not (isinstance(shape, list | tuple) and shape and all(type(n) is int and n > 0 for n in shape)):
         raise ValueError(f"{what}={describe(shape)}: must be a list (C, *spatial) of positive integers")
 
 
 def smallest_table(table: Tensor) -> Tensor:
-    """Store a label table in the smallest integer type that fits.
-
-    Args:
-        table: integers >= 0, of any shape.
-
-    Returns:
-        The same labels, contiguous, as uint8, int16 or int32.
-    """
+    """Store a label table, contiguous, in the smallest integer type that fits."""
     return table.to(smallest_integer_type(int(table.max()) + 1)).contiguous()
 
 
 def check_channels(clusters: Clusters, layer: nn.Module, name: str) -> None:
-    """Check that labels belong to a layer of that many channels.
-
-    Args:
-        clusters: of the labels.
-        layer: the layer they are meant for.
-        name: of the layer, for the error.
-
-    Raises:
-        ValueError: where the layer tells another number of channels.
-    """
+    """Check that labels belong to a layer of that many channels, where it tells."""
     channels = count_channels(layer)
     if channels is not None and channels != clusters.shape[0]:
         raise ValueError(

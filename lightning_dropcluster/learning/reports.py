@@ -14,17 +14,10 @@ Report = dict[str, float]
 
 
 def make_report(labels: Tensor, counts: Tensor, shape: Shape, before: Clusters | None) -> Report:
-    """Sum new clusters up.
+    """Sum up new labels (B, F) with so many clusters (B,).
 
-    Args:
-        labels: int64 (B, F), the cluster of each item of B clusterings.
-        counts: clusters of each clustering, (B,).
-        shape: (C, *spatial) of the layer's output.
-        before: the layer's clusters until now.
-
-    Returns:
-        Their number and mean size, the sum of squared shares, the largest share, and where there were
-        clusters of the same shape, the agreement with them.
+    Number and mean size of the clusters, the sum of squared shares, the largest share, and where there were
+    clusters of the same shape before, the agreement with them.
     """
     shares = cluster_sizes(labels, len(labels), int(counts.max())) / labels.shape[1]
     report = {
@@ -39,17 +32,7 @@ def make_report(labels: Tensor, counts: Tensor, shape: Shape, before: Clusters |
 
 
 def warnings_for(name: str, counts: Tensor, shape: Shape, grouping: Grouping) -> Iterator[str]:
-    """Tell where clusters are not what the settings make one expect.
-
-    Args:
-        name: of the layer.
-        counts: clusters of each clustering, (B,).
-        shape: (C, *spatial) of the layer's output.
-        grouping: how many clusters were wanted.
-
-    Yields:
-        A sentence each.
-    """
+    """Tell in a sentence each where the counts of clusters (B,) are not what the settings make one expect."""
     wanted = grouping.num_clusters or grouping.clusters_for(shape)
     if fewer := int((counts < wanted).sum()):
         yield (

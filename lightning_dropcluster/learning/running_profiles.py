@@ -1,4 +1,4 @@
-"""The memory of response profiles: earlier gathering windows, fading."""
+"""Running profiles: the response profiles of earlier gathering windows, fading."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,10 +14,8 @@ class RunningProfiles:
     ones. The scheme is the samples memory of Online Deep Clustering, https://arxiv.org/abs/2006.10645, which
     blends features as (1 - m) old + m new and normalises them. Where we differ: sketches of two windows have
     independent signs, so it is the square roots of the shares that weigh profiles, and what is blended is
-    in effect the correlations between features: momentum x old + (1 - momentum) x new.
-
-    Args:
-        momentum: the share of the old in [0, 1); at 0 nothing is kept.
+    in effect the correlations between features: momentum x old + (1 - momentum) x new. At a momentum of 0
+    nothing is kept.
     """
 
     def __init__(self, momentum: float) -> None:
@@ -29,17 +27,11 @@ class RunningProfiles:
         self._profiles.clear()
 
     def blend(self, name: str, profiles: Tensor, *, observations: int, first: int = 0) -> Tensor:
-        """Add a window, and return the profiles of all windows so far.
+        """Add a window's profiles (B, F, D) of a layer, and return those of all windows so far, of its shape.
 
-        Args:
-            name: of the layer.
-            profiles: (B, F, D) of unit length, or zero for items that did not change in the window.
-            observations: of the window; fewer than D fill the first columns alone, and what was kept moves
-                out of their way.
-            first: the first of these problems in the layer; what was kept of others is forgotten.
-
-        Returns:
-            Profiles of the same shape and the same lengths; an item is zero if it never changed.
+        Fewer observations than D fill the first columns alone, and what was kept moves out of their way.
+        ``first`` is the first of these problems in the layer; what was kept of others is forgotten. An item
+        is zero as long as it has never changed.
         """
         if not self.momentum:
             return profiles
@@ -51,18 +43,10 @@ class RunningProfiles:
         return profiles
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the profiles for a checkpoint; of a single process, which has all problems.
-
-        Returns:
-            Name to profiles on the CPU.
-        """
+        """Return the profiles on the CPU; of a single process, which has all problems."""
         return {name: profiles.cpu() for name, (_, profiles) in self._profiles.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with the profiles of a checkpoint, unless nothing is to be kept.
-
-        Args:
-            state: what `state_dict` returned.
-        """
+        """Go on with the profiles of a checkpoint, unless nothing is to be kept."""
         kept = state if self.momentum else {}
         self._profiles = {name: (0, profiles) for name, profiles in kept.items()}

@@ -15,38 +15,18 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Scope:
-    """How one scope lays out a layer of shape (C, *spatial) with S positions.
-
-    Args:
-        name: what users call it.
-        per_map: whether each map has clusters of its own.
-        problems: shape -> (B, F), the number of independent clusterings and the items in each.
-        observations: shape -> how many values of each item one sample brings.
-        label_shape: shape -> the shape of the label table, which broadcasts to (C, *spatial).
-        grid: shape -> the lattice on which a problem's items lie, or ``None`` where they lie on none.
-        rows: activation (N, C, S) -> (N * observations, B * F), one row per observation.
-    """
+    """How one scope lays out a layer of shape (C, *spatial) with S positions."""
 
     name: str
-    per_map: bool
-    problems: Callable[[Shape], tuple[int, int]]
-    observations: Callable[[Shape], int]
-    label_shape: Callable[[Shape], Shape]
-    grid: Callable[[Shape], Shape | None]
-    rows: Callable[[Tensor], Tensor]
+    per_map: bool  # each map has clusters of its own
+    problems: Callable[[Shape], tuple[int, int]]  # (B, F): independent clusterings, and items in each
+    observations: Callable[[Shape], int]  # how many values of each item one sample brings
+    label_shape: Callable[[Shape], Shape]  # of the label table, which broadcasts to (C, *spatial)
+    grid: Callable[[Shape], Shape | None]  # the lattice on which a problem's items lie, if any
+    rows: Callable[[Tensor], Tensor]  # activation (N, C, S) -> (N * observations, B * F)
 
     def compress(self, labels: Tensor) -> Tensor:
-        """Take the label table out of full labels.
-
-        Args:
-            labels: (C, *spatial).
-
-        Returns:
-            The table, a view of ``labels`` in the shape that ``label_shape`` names.
-
-        Raises:
-            ValueError: where the labels differ along a dimension that the scope shares.
-        """
+        """Take the label table, a view, out of full labels (C, *spatial)."""
         table = labels
         for axis, size in enumerate(self.label_shape(tuple(labels.shape))):
             table = table.narrow(axis, 0, size)
@@ -57,17 +37,7 @@ class Scope:
         return table
 
     def problem_labels(self, labels: Tensor) -> Tensor:
-        """Bring full labels to a row for each problem.
-
-        Args:
-            labels: (C, *spatial).
-
-        Returns:
-            (B, F), as `problems` counts them.
-
-        Raises:
-            ValueError: where the labels differ along a dimension that the scope shares.
-        """
+        """Bring full labels (C, *spatial) to a row for each problem, (B, F)."""
         return self.compress(labels).reshape(self.problems(tuple(labels.shape)))
 
 
@@ -126,23 +96,12 @@ _MAX_POSITION_WEIGHT = 1e6  # where squares overflow, FAISS ends the process
 
 @dataclass
 class Grouping:
-    """How many clusters of what: the settings that turn a layer's shape into clustering problems.
-
-    Args:
-        scope: a name of `SCOPES`.
-        num_clusters: clusters per problem, at most 4,096 where the scope is the whole layer; or
-        cluster_size: mean number of items per cluster, at least 1. 16 when neither is given.
-        position_weight: see `append_positions`; 0 leaves positions out.
-
-    Raises:
-        TypeError: where a number has a wrong type.
-        ValueError: where an argument is out of its range.
-    """
+    """How many clusters of what: the settings that turn a layer's shape into clustering problems."""
 
     scope: str = "map"
-    num_clusters: int | None = None
-    cluster_size: float | None = None
-    position_weight: float = 0.0
+    num_clusters: int | None = None  # per problem; or
+    cluster_size: float | None = None  # mean number of items per cluster, 16 when neither is given
+    position_weight: float = 0.0  # see `append_positions`
 
     def __post_init__(self) -> None:
         check_choice("scope", self.scope, SCOPES)
@@ -155,14 +114,7 @@ class Grouping:
         self.position_weight = check_number("position_weight", self.position_weight, 0, _MAX_POSITION_WEIGHT)
 
     def clusters_for(self, shape: Shape) -> int:
-        """Return K for a layer.
-
-        Args:
-            shape: (C, *spatial).
-
-        Returns:
-            At least 1, at most the number of items, and at most 4,096 where the scope is the whole layer.
-        """
+        """Return K: 1 to the number of items, at most 4,096 where the scope is the whole layer."""
         items = SCOPES[self.scope].problems(shape)[1]
         wanted = self.num_clusters or max(1, round(items / (self.cluster_size or _CLUSTER_SIZE)))
         return min(wanted, items, _MAX_LAYER_CLUSTERS if self.scope == "layer" else items)

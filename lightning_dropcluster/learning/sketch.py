@@ -1,6 +1,7 @@
 """The sketch: a layer's response profiles in memory that does not grow with the number of samples."""
 
 import math
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,40 @@ _HUGE = 1e18  # squares of larger values overflow
 _SLICE = 2**21  # values that stay in the cache of a CPU while they are added
 _TINY = torch.finfo(torch.float32).tiny
 _Number = TypeVar("_Number", int, Tensor)
+
+
+@dataclass(frozen=True)
+class SketchSettings:
+    """How sketches are made, whatever the layer and the window; the samples are those of all ranks."""
+
+    scope: str = "map"
+    num_samples: int = 1024
+    sketch_dim: int = 64
+    seed: int = 0
+
+    @property
+    def num_samples_here(self) -> int:
+        """This rank's share of the samples."""
+        return -(-self.num_samples // ranks.world_size())
+
+    def num_bytes(self, shape: Shape) -> int:
+        """Return the size of a layer's sketch: moments, sums and origin, all float32."""
+        return 4 * math.prod(SCOPES[self.scope].problems(shape)) * (self.sketch_dim + 2)
+
+    def make(self, shape: Shape, window: int, device: torch.device, *, any_size: bool = False) -> "Sketch":
+        """Make this rank's sketch of a layer in the window of that number."""
+        return Sketch(
+            shape,
+            scope=self.scope,
+            num_samples=self.num_samples_here,
+            sketch_dim=self.sketch_dim,
+            seed=self.seed,
+            window=window,
+            rank=ranks.rank(),
+            world_size=ranks.world_size(),
+            any_size=any_size,
+            device=device,
+        )
 
 
 class Sketch(nn.Module):
@@ -30,16 +65,9 @@ class Sketch(nn.Module):
     Values are held relative to the first observation: an item that never changes is then zero to the last
     bit, and large means cost no precision.
 
-    Args:
-        shape: the layer's output shape without the batch, (C, *spatial).
-        scope: a name of `SCOPES`; it says what an item and an observation are.
-        num_samples: samples to gather; further ones are left out.
-        sketch_dim: columns D.
-        seed: of the signs.
-        window: number of the gathering window; each has signs of its own.
-        rank: of this process; the i-th sample here has the index ``i * world_size + rank`` in the window.
-        world_size: number of processes.
-        device: where the sketch lives.
+    Only the first ``num_samples`` samples count. The i-th of them on this rank has the index
+    ``i * world_size + rank`` in the window, and each window has signs of its own. With ``any_size`` maps of
+    other sizes are taken too, resized by nearest neighbour, as labels are where they are looked up.
 
     Example:
         >>> sketch = Sketch((2, 4, 4), num_samples=8, sketch_dim=16)
@@ -66,13 +94,14 @@ class Sketch(nn.Module):
         window: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        any_size: bool = False,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.shape = tuple(shape)
         self.scope = SCOPES[scope]
         self.num_samples, self.sketch_dim = num_samples, sketch_dim
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.any_size = rank, world_size, any_size
         self.observations = self.scope.observations(self.shape)
         problems, items = self.scope.problems(self.shape)
         num_items = problems * items
@@ -88,19 +117,27 @@ class Sketch(nn.Module):
         for name, value in buffers.items():
             self.register_buffer(name, value)
 
+    def takes(self, shape: Shape) -> bool:
+        """Whether it takes activations of that shape."""
+        alike = shape[0] == self.shape[0] and len(shape) == len(self.shape)
+        return shape == self.shape or (self.any_size and alike)
+
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Add a batch of activations.
+        """Add a batch of activations of a shape and of any floating type, which are not changed.
 
         Tensor operations alone, without a look at values from the host, so that compiled code can hold it.
-
-        Args:
-            x: (N, C, *spatial) of the sketch's shape, any floating type; it is not changed.
         """
         with torch.autocast(x.device.type, enabled=False):
-            for part in self._parts(x.detach()):
+            for part in self._parts(self._resized(x.detach())):
                 maps = part.float().reshape(len(part), self.shape[0], math.prod(self.shape[1:]))
                 self._add(self.scope.rows(maps), len(part))
+
+    def _resized(self, x: Tensor) -> Tensor:
+        for axis, (size, wanted) in enumerate(zip(x.shape[1:], self.shape, strict=True), start=1):
+            if size != wanted:
+                x = x.index_select(axis, torch.arange(wanted, device=x.device) * size // wanted)
+        return x
 
     def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """Leave out samples beyond those asked for; on a CPU, cut the rest into parts that fit the cache."""
@@ -134,33 +171,21 @@ class Sketch(nn.Module):
                 ranks.sum_over_ranks(sums)
 
     def rebase(self, origin: Tensor) -> None:
-        """Hold the values relative to another origin; sketches of one origin add up.
-
-        Args:
-            origin: (items,) float32.
-        """
+        """Hold the values relative to another origin (items,); sketches of one origin add up."""
         delta = self.origin - origin
         self.moments.addr_(self.column_sums, delta)
         self.sums.add_(self.count * self.observations * delta)
         self.origin.copy_(origin)
 
     def is_finite(self) -> bool:
-        """Whether no NaN or infinity, and no value whose square overflows, was gathered.
-
-        Returns:
-            True where the profiles can be used.
-        """
-        return bool((self.moments.abs() < _HUGE).all() & (self.sums.abs() < _HUGE).all())
+        """Whether no NaN or infinity, and no value whose square overflows, was gathered."""
+        largest = torch.stack([torch.linalg.vector_norm(x, torch.inf) for x in (self.moments, self.sums)])
+        return bool((largest < _HUGE).all())  # a norm makes no copy, and is NaN where any value is
 
     def profiles(self, problems: slice = slice(None)) -> Tensor:
-        """Return the centred profiles at unit length: squared distances are 2 - 2 x correlation.
+        """Return the centred profiles (B, F, D) of some problems: squared distances are 2 - 2 x correlation.
 
-        Args:
-            problems: which of the problems.
-
-        Returns:
-            (B, F, D) float32 with the problems B and items F of the scope; all zero for items that never
-            changed.
+        They have unit length, but for items that never changed, which are zero.
         """
         num_problems, items = self.scope.problems(self.shape)
         block = slice(*(items * bound for bound in problems.indices(num_problems)[:2]))

@@ -6,38 +6,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dropcluster.checks import describe
 from lightning_dropcluster.learning.clusters import Clusters, check_shape, clusters_from_state
-from lightning_dropcluster.learning.scopes import SCOPES, Scope
+from lightning_dropcluster.learning.scopes import SCOPES
 
-_ENTRIES = ("scope", "progress", "clusters", "shapes", "windows_opened", "window", "reclustering", "memory")
+_ENTRIES = ("scope", "progress", "clusters", "shapes", "windows_opened", "window", "memory")
 _PROGRESS = ("origin", "passed", "began", "every", "counts_steps")
 
 
 def read_state(state: Any, scope: str) -> dict[str, Clusters]:
-    """Check a whole state and unpack the clusters in it.
-
-    Args:
-        state: what ``DropCluster.state_dict`` returned, perhaps long ago, perhaps somewhere else.
-        scope: of the callback that loads it.
-
-    Returns:
-        Name to clusters.
-
-    Raises:
-        TypeError: where an entry has a wrong type.
-        ValueError: where an entry is missing or out of its range.
-    """
+    """Check a whole state, perhaps of another version and place, and unpack the clusters in it, by name."""
     _require_entries("state_dict", state, _ENTRIES)
     if state["scope"] != scope:
         raise ValueError(f"state_dict: it was written with scope={state['scope']!r}, not scope={scope!r}")
     _check_progress(state["progress"])
     _check_count("windows_opened", state["windows_opened"])
+    _check_count("samples_left_out", state.get("samples_left_out", 0))
     _require_mapping("state_dict['clusters']", state["clusters"])
-    _require_mapping("state_dict['shapes']", state["shapes"])
-    for name, shape in state["shapes"].items():
-        check_shape(shape, f"state_dict['shapes'][{name!r}]")
+    _check_shapes("shapes", state["shapes"])
+    _check_shapes("resized_to", state.get("resized_to", {}))
     _check_window(state["window"])
-    _check_reclustering(state["reclustering"], SCOPES[scope])
     _check_memory(state["memory"])
     return {
         str(name): clusters_from_state(entry, SCOPES[scope], str(name))
@@ -46,15 +34,7 @@ def read_state(state: Any, scope: str) -> dict[str, Clusters]:
 
 
 def check_regularizers(state: Any) -> None:
-    """Check a whole state of a StructuredDropout.
-
-    Args:
-        state: what ``StructuredDropout.state_dict`` returned.
-
-    Raises:
-        TypeError: where an entry has a wrong type.
-        ValueError: where an entry is missing or out of its range.
-    """
+    """Check a whole state of a StructuredDropout."""
     _require_entries("state_dict", state, ("progress", "regularizers"))
     _check_progress(state["progress"])
     _require_mapping("state_dict['regularizers']", state["regularizers"])
@@ -96,31 +76,27 @@ def _check_count(name: str, count: Any) -> None:
         raise ValueError(f"state_dict: {name}={count!r} must be an integer of at least 0")
 
 
+def _check_shapes(entry: str, shapes: Any) -> None:
+    _require_mapping(f"state_dict[{entry!r}]", shapes)
+    for name, shape in shapes.items():
+        check_shape(shape, f"state_dict[{entry!r}][{name!r}]")
+
+
 def _check_window(window: Any) -> None:
     if window is not None:
         _require_mapping("state_dict['window']", window)
         for name, sketch in window.items():
             _require_entries(f"state_dict['window'][{name!r}]", sketch, ("shape", "moments", "count"))
             check_shape(sketch["shape"], f"state_dict['window'][{name!r}]['shape']")
+            _check_passed(sketch.get("passed", []), f"state_dict['window'][{name!r}]['passed']")
 
 
-def _check_reclustering(reclustering: Any, scope: Scope) -> None:
-    if reclustering is None:
-        return
-    what = "state_dict['reclustering']"
-    _require_entries(what, reclustering, ("wait_steps", "shapes", "labels"))
-    if type(reclustering["wait_steps"]) is not int:
-        raise ValueError(f"{what}: wait_steps={reclustering['wait_steps']!r} must be an integer")
-    _require_mapping(f"{what}['labels']", reclustering["labels"])
-    _require_entries(f"{what}['shapes']", reclustering["shapes"], tuple(reclustering["labels"]))
-    for name, labels in reclustering["labels"].items():
-        shape = reclustering["shapes"][name]
-        check_shape(shape, f"{what}['shapes'][{name!r}]")
-        size = scope.problems(tuple(shape))
-        if not isinstance(labels, Tensor) or labels.dtype != torch.int32 or labels.shape != size:
-            raise ValueError(f"{what}: labels of layer {name!r} must be an int32 tensor of shape {size}")
-        if int(labels.min()) < 0 or int(labels.max()) >= size[1]:
-            raise ValueError(f"{what}: labels of layer {name!r} must be in [0, {size[1]})")
+def _check_passed(passed: Any, what: str) -> None:
+    if not isinstance(passed, list) or not all(isinstance(one, list) and len(one) == 2 for one in passed):
+        raise ValueError(f"{what}={describe(passed)}: must be a list of shapes and counts")
+    for shape, count in passed:
+        check_shape(shape, what)
+        _check_count(what, count)
 
 
 def _check_memory(memory: Any) -> None:

@@ -1,55 +1,44 @@
 """The gathering window: one sketch per layer, filled from the ordinary training batches."""
 
+from collections import Counter
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
+from torch import Tensor
 
 from lightning_dropcluster import ranks
 from lightning_dropcluster.layers.hooks import LayerHook
-from lightning_dropcluster.learning.scopes import Scope
-from lightning_dropcluster.learning.sketch import Sketch
+from lightning_dropcluster.learning.scopes import Shape
+from lightning_dropcluster.learning.sketch import Sketch, SketchSettings
+from lightning_dropcluster.memory import check_available, is_out_of_memory
+
+Verdict = Literal["open", "full", "stalled", "scattered", "failed"]
+_MOST_LEFT_OUT = 4  # times num_samples, after which sizes are too many to wait for one of them
 
 
 class GatheringWindow:
-    """An open window over some layers.
+    """An open window over some layers; windows are numbered from 0.
 
-    Args:
-        hooks: name to hook.
-        scope: what is grouped.
-        number: of the window, from 0.
-        num_samples: samples to gather, over all ranks; each rank gathers its share.
-        sketch_dim: columns of the sketches.
-        seed: of the sketches' signs.
-        device: where the model is.
+    A layer with a shape in ``shapes`` is gathered in that shape, whatever it gives. ``left_out`` counts the
+    samples of other sizes than the sketches', ``failed`` names the layers that could not be gathered, with
+    the cause where it lies on this rank.
     """
 
     def __init__(
         self,
         hooks: Mapping[str, LayerHook],
-        *,
-        scope: Scope,
+        settings: SketchSettings,
         number: int,
-        num_samples: int,
-        sketch_dim: int,
-        seed: int,
         device: torch.device,
+        shapes: Mapping[str, Shape] | None = None,
     ) -> None:
-        self.hooks, self.scope, self.number = hooks, scope, number
-        self.num_samples, self.sketch_dim, self.seed, self.device = num_samples, sketch_dim, seed, device
+        self.shapes = shapes or {}
+        self.hooks, self.settings, self.number, self.device = hooks, settings, number, device
         self._resized: set[str] = set()
-        self._counts: dict[str, int] = {}
-
-    def has_stalled(self) -> bool:
-        """Whether maps have another size now than their sketch, which has grown no more since last asked.
-
-        Returns:
-            True where a layer is so; sizes that take turns fill a window in the end.
-        """
-        before = self._counts
-        self._counts = {name: int(sketch.count) for name, sketch in self._sketches().items()}
-        idle = [name for name, count in self._counts.items() if count == before.get(name)]
-        return any(_changed_size(self.hooks[name]) for name in idle)
+        self._passed: dict[str, Counter[Shape]] = {}  # samples of other sizes, since the sketch last grew
+        self.left_out = 0
+        self.failed: dict[str, Exception | None] = {}
 
     def arm(self) -> None:
         """Prepare for a step: layers whose shape is known by now get a sketch."""
@@ -59,38 +48,46 @@ class GatheringWindow:
                 # Made for the size before the window. Once only: sizes that take turns would never meet.
                 self._resized.add(name)
                 hook.sketch = None
-            if hook.sketch is None and hook.shape is not None:
-                hook.sketch = self._make_sketch(hook.shape)
+        self._make_missing()
 
-    def is_full(self) -> bool:
-        """Count the samples; every rank must ask alike, since this is a collective.
+    def verdict(self) -> Verdict:
+        """How it stands after a step, the same on every rank; every rank must ask.
 
-        Returns:
-            True once ``num_samples`` were seen over all ranks, by the slowest of the layers that ran in this
-            step: some fold windows or heads into the batch, others run only now and then.
+        It is full once ``num_samples`` were seen over all ranks, and has stalled once as many of one other
+        size have passed without growth; sizes that take turns fill a window in the end, if they are few.
         """
-        ran = [s.count for name, s in self._sketches().items() if not self.hooks[name].first_call]
-        nothing = torch.zeros((), dtype=torch.int64, device=self.device)
-        seen = torch.stack(ran).min() if ran else nothing
-        return int(ranks.sum_over_ranks(seen)) >= self.num_samples
+        failed = [hook.gather_error is not None for hook in self.hooks.values()]
+        counts = [self._count_seen(), self._count_passed(), self.left_out]
+        mine = torch.tensor([*counts, *failed], device=self.device)
+        seen, passed, left_out, *failed = ranks.sum_over_ranks(mine).tolist()
+        self.failed = {n: h.gather_error for (n, h), f in zip(self.hooks.items(), failed, strict=True) if f}
+        if self.failed:
+            return "failed"
+        wanted = self.settings.num_samples
+        if seen >= wanted:
+            return "full"
+        if left_out >= _MOST_LEFT_OUT * wanted:
+            return "scattered"
+        return "stalled" if passed >= wanted else "open"
+
+    def shapes_of_all(self) -> dict[str, Shape]:
+        """Return the layers' shapes on the first rank, the same on every rank; every rank must ask."""
+        known = {name: hook.shape for name, hook in self.hooks.items() if hook.shape is not None}
+        table = ranks.from_rank(self._table(known).to(self.device), 0).tolist()
+        shapes = {name: tuple(filter(None, row)) for name, row in zip(self.hooks, table, strict=True)}
+        return {name: shape for name, shape in shapes.items() if shape}
 
     def close(self) -> dict[str, Sketch]:
-        """Take the sketches out of the hooks.
-
-        Returns:
-            Name to sketch, of the layers that have one.
-        """
+        """Take the sketches out of the hooks, of the layers that have one."""
         sketches = self._sketches()
         for hook in self.hooks.values():
-            hook.sketch = None
+            hook.sketch = hook.gather_error = None
         return sketches
 
     def merge(self) -> dict[str, Sketch]:
         """Close the window and add the sketches up over ranks; every rank must call this.
 
-        Returns:
-            Name to merged sketch, equal on every rank, of the layers that can be clustered. A warning names
-            each of the others.
+        Layers that cannot be clustered are left out, and a warning names each.
         """
         sketches, merged = self.close(), {}
         for name in self._gathered_alike(sketches):
@@ -104,63 +101,95 @@ class GatheringWindow:
         return merged
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sketches for a checkpoint.
-
-        Returns:
-            Name to tensors and shape; empty with several ranks, where an open window starts again on resume.
-        """
+        """Return the sketches; none with several ranks, where an open window starts again on resume."""
         if ranks.world_size() > 1:
             return {}
         return {
-            name: {"shape": list(sketch.shape), **{k: v.cpu() for k, v in sketch.state_dict().items()}}
+            name: {
+                "shape": list(sketch.shape),
+                "passed": [[list(shape), count] for shape, count in self._passed.get(name, {}).items()],
+                **{k: v.cpu() for k, v in sketch.state_dict().items()},
+            }
             for name, sketch in self._sketches().items()
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Go on with the sketches of a checkpoint; those that do not fit the settings start again.
-
-        Args:
-            state: what `state_dict` returned.
-        """
+        """Go on with the sketches of a checkpoint; those that do not fit the settings start again."""
         for name, entry in state.items():
             if name not in self.hooks or ranks.world_size() > 1:
                 continue
-            sketch = self._make_sketch(tuple(entry["shape"]))
-            tensors = {key: value for key, value in entry.items() if key != "shape"}
+            tensors = {key: value for key, value in entry.items() if key not in ("shape", "passed")}
             try:
+                sketch = self._make(name, tuple(entry["shape"]))
                 sketch.load_state_dict(tensors)
-            except RuntimeError:
-                ranks.warn(f"the open sketch of layer {name!r} was made with other settings and starts again")
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):  # else the next step will tell
+                    ranks.warn(
+                        f"the open sketch of layer {name!r} was made with other settings and starts again"
+                    )
                 continue
             sketch.num_samples = max(sketch.num_samples, int(sketch.count))  # asked for when it was saved
             self.hooks[name].sketch = sketch
+            self._passed[name] = Counter({tuple(shape): count for shape, count in entry.get("passed", ())})
+
+    def _make_missing(self) -> None:
+        """Make the sketches that can be made by now; where memory does not suffice, none is kept."""
+        missing = {
+            name: self.shapes.get(name, hook.shape)
+            for name, hook in self.hooks.items()
+            if hook.sketch is None and hook.shape is not None
+        }
+        if not missing:
+            return
+        name = max(missing, key=lambda name: self.settings.num_bytes(missing[name]))
+        try:
+            # On a CPU the allocator would promise what is not there.
+            check_available(sum(map(self.settings.num_bytes, missing.values())), self.device)
+            for name, shape in missing.items():
+                self.hooks[name].sketch = self._make(name, shape)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.close()
+            self.hooks[name].gather_error = error.with_traceback(None)
+
+    def _make(self, name: str, shape: Shape) -> Sketch:
+        return self.settings.make(shape, self.number, self.device, any_size=name in self.shapes)
+
+    def _count_seen(self) -> int:
+        """Samples of the slowest of the layers that ran in this step.
+
+        Some fold windows or heads into the batch, others run only now and then.
+        """
+        ran = [s.count for name, s in self._sketches().items() if not self.hooks[name].first_call]
+        return int(torch.stack(ran).min()) if ran else 0
+
+    def _count_passed(self) -> int:
+        """Samples of one other size that have passed since a sketch, not full yet, grew; the most of all."""
+        most = left_out = 0
+        for name, sketch in self._sketches().items():
+            hook, passed = self.hooks[name], self._passed.setdefault(name, Counter())
+            if hook.first_call or hook.shape is None:  # it did not run in this step
+                continue
+            if sketch.takes(hook.shape):
+                passed.clear()
+            elif sketch.count < sketch.num_samples:
+                passed[hook.shape] += hook.batch_size
+                left_out, most = max(left_out, hook.batch_size), max(most, passed[hook.shape])
+        self.left_out += left_out
+        return most
 
     def _sketches(self) -> dict[str, Sketch]:
         """Name to open sketch; a hook knows of it only that it gathers."""
         return {n: cast(Sketch, hook.sketch) for n, hook in self.hooks.items() if hook.sketch is not None}
 
-    def _make_sketch(self, shape: tuple[int, ...]) -> Sketch:
-        size = ranks.world_size()
-        return Sketch(
-            shape,
-            scope=self.scope.name,
-            num_samples=-(-self.num_samples // size),
-            sketch_dim=self.sketch_dim,
-            seed=self.seed,
-            window=self.number,
-            rank=ranks.rank(),
-            world_size=size,
-            device=self.device,
-        )
+    def _table(self, shapes: Mapping[str, Shape]) -> Tensor:
+        """Write shapes in a row for each layer, zeros where there is none."""
+        return torch.tensor([[*shapes.get(name, ()), *[0] * 8][:8] for name in self.hooks])
 
     def _gathered_alike(self, sketches: Mapping[str, Sketch]) -> list[str]:
         """Name the layers that have a sketch of the same shape on every rank."""
-        names = list(self.hooks)
-        mine = torch.zeros(len(names), 8, dtype=torch.int64)
-        for row, name in zip(mine, names, strict=True):
-            if name in sketches:
-                shape = sketches[name].shape
-                row[: len(shape)] = torch.tensor(shape)
+        names, mine = list(self.hooks), self._table({name: one.shape for name, one in sketches.items()})
         table = torch.zeros(ranks.world_size(), *mine.shape, dtype=torch.int64, device=self.device)
         table[ranks.rank()] = mine
         table = ranks.sum_over_ranks(table).cpu()
@@ -171,4 +200,4 @@ class GatheringWindow:
 
 
 def _changed_size(hook: LayerHook) -> bool:
-    return hook.sketch is not None and hook.sketch.shape != hook.shape
+    return hook.sketch is not None and hook.shape is not None and not hook.sketch.takes(hook.shape)

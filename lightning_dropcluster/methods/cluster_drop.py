@@ -224,6 +224,14 @@ class ClusterDrop(DropRegularizer):
         low, high = int(labels.min()), int(labels.max())  # a small type would wrap num_clusters
         if low < 0 or high >= self.num_clusters:
             raise ValueError(f"labels in [{low}, {high}]: must be in [0, {self.num_clusters})")
+        self.write_labels(labels)
+
+    def write_labels(self, labels: Tensor) -> None:
+        """Write new labels as `set_labels` does, without its checks: for labels that are known to fit.
+
+        Args:
+            labels: integers in [0, num_clusters) in the shape of the old ones.
+        """
         self.labels.copy_(labels)
         self.sizes.copy_(cluster_sizes(self.labels, self._num_groups, self.num_clusters))
 

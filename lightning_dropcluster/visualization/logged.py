@@ -47,7 +47,8 @@ class PictureLog:
             prefix: of the tags.
             step: of training, as the loggers count it.
         """
-        last, self._last = self._last, {**self._last, **clusters}
+        # Copies, since the callback writes the next labels over these.
+        last, self._last = self._last, {**self._last, **{name: one.copy() for name, one in clusters.items()}}
         senders = {id(one): _sender(one) for one in trainer.loggers if id(one) not in self._failed}
         started = time.monotonic()
         if not any(senders.values()) or trainer.fast_dev_run or not find_spec("matplotlib"):

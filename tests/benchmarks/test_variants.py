@@ -4,7 +4,8 @@ import pytest
 import torch
 from variants import MOST, BySalience, Noise, OtherImage, ValueSketch, VariantName, variant
 
-from lightning_dropcluster.learning import learner, window
+from lightning_dropcluster.callbacks import drop_cluster
+from lightning_dropcluster.learning import sketch
 from lightning_dropcluster.learning.sketch import Sketch
 from lightning_dropcluster.methods import ClusterDrop
 
@@ -12,7 +13,7 @@ HALVES = torch.tensor([[0] * 50 + [1] * 50])
 
 
 def parts():
-    return window.Sketch, learner.ClusterDrop
+    return sketch.Sketch, drop_cluster.ClusterDrop
 
 
 @pytest.mark.parametrize("name", get_args(VariantName))

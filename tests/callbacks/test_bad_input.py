@@ -114,7 +114,6 @@ ARGUMENTS = [
     ),
     ({"rescale": "sum"}, ValueError, "rescale='sum'", "one of batch, expected"),
     ({"position_weight": -0.5}, ValueError, "position_weight=-0.5", "in [0, 1000000.0]"),
-    ({"overlap_steps": -2}, ValueError, "overlap_steps=-2", "at least 0"),
     ({"seed": -1}, ValueError, "seed=-1", "in [0, 2147483647]"),
     ({"initial_labels": 7}, TypeError, "initial_labels=7", "a mapping of layer names to labels, or the path"),
     ({"initial_labels": {"a": torch.full((2, 4), 0.5)}}, TypeError, "initial_labels: ", "'a'", "an integer"),
@@ -327,7 +326,6 @@ def test_a_trainer_without_a_train_dataloader():
             "layer 'a' must be finite float32",
         ),
         (lambda s: s.update(memory=None), TypeError, r"state_dict\['memory'\]: must be a mapping"),
-        (lambda s: s.update(reclustering={}), ValueError, "wait_steps, shapes, labels missing"),
     ],
 )
 def test_states(change, error, match):

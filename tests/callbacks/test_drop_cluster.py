@@ -178,9 +178,8 @@ def test_layer_types_tell_two_instances_with_one_pattern_apart(loader, tmp_path)
     assert again.labels.keys() == activations.labels.keys()
 
 
-@pytest.mark.parametrize("overlap_steps", [0, 3])
-def test_a_copy_taken_in_mid_training_goes_on_by_itself(loader, overlap_steps):
-    callback, copies = make_callback(start=0.0, overlap_steps=overlap_steps), []
+def test_a_copy_taken_in_mid_training_goes_on_by_itself(loader):
+    callback, copies = make_callback(start=0.0), []
     make_trainer(callback, At(lambda *_: copies.append(copy.deepcopy((callback, module))))).fit(
         module := Classifier(), loader
     )
@@ -295,26 +294,6 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(loader, tmp_path, m
         assert equal(resumed.state_dict(), whole.state_dict()), step
 
 
-def test_labels_awaited_in_the_background_are_in_the_checkpoint(loader, tmp_path):
-    loader = ResumableLoader(loader)
-
-    def run(resume=None):
-        callback, switches = make_callback(overlap_steps=3, num_samples=8), []
-
-        def look(trainer, module):
-            switches.append((trainer.global_step, callback.labels))
-            if trainer.global_step == 7 and resume is None:
-                trainer.save_checkpoint(tmp_path / "waiting.ckpt")
-
-        make_trainer(callback, At(look)).fit(Classifier(), loader, ckpt_path=resume)
-        return dict(switches)
-
-    whole, resumed = run(), run(tmp_path / "waiting.ckpt")
-    assert whole[7] == {}
-    assert whole[8]
-    assert equal(whole[8], resumed[8])
-
-
 def test_checkpoints_load_safely_and_into_plain_timm(loader, tmp_path):
     trainer = make_trainer(make_callback(num_samples=10_000))
     module = Classifier()
@@ -362,19 +341,12 @@ def test_a_layer_that_never_runs_is_an_error_that_names_it(loader):
         assert count_hooks(module) == before
 
 
-@pytest.mark.parametrize("overlap_steps", [0, 2])
-def test_labels_are_switched_a_fixed_number_of_steps_after_the_window(loader, overlap_steps):
-    callback, seen = make_callback(start=0.0, num_samples=8, overlap_steps=overlap_steps), []
+def test_labels_come_with_the_step_that_fills_the_window(loader):
+    callback, seen = make_callback(start=0.0, num_samples=8), []
     make_trainer(callback, At(lambda *_: seen.append(bool(callback.labels))), max_epochs=1).fit(
         Classifier(), loader
     )
-    assert seen.index(True) == 1 + overlap_steps  # the first batch only shows the layers' shapes
-
-
-def test_labels_still_in_the_making_arrive_at_the_end(loader):
-    callback = make_callback(start=0.0, num_samples=8, overlap_steps=100)
-    make_trainer(callback, max_epochs=1).fit(Classifier(), loader)
-    assert callback.labels
+    assert seen.index(True) == 1  # the first batch only shows the layers' shapes
 
 
 def test_steps_between_reclusterings_count_optimiser_steps(loader):

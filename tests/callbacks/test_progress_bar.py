@@ -67,10 +67,6 @@ def test_silent_where_the_bar_is_off(bar, monkeypatch):
     assert fit(bar, monkeypatch) == []
 
 
-def test_silent_in_the_background(monkeypatch):
-    assert fit(TQDMProgressBar(), monkeypatch, overlap_steps=1) == []
-
-
 def test_the_bars_own_tasks_stay_where_they_are(monkeypatch):
     """Lightning takes a task's id for its position, so no task may be taken out of the list."""
     bar = RichProgressBar()

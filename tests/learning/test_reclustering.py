@@ -1,5 +1,3 @@
-import threading
-
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +6,7 @@ from hypothesis import strategies as st
 from lightning_dropcluster import ranks
 from lightning_dropcluster.clustering import FaissKMeans, TorchKMeans
 from lightning_dropcluster.clustering.protocol import append_positions, count_clusters
-from lightning_dropcluster.learning.reclustering import Reclustering, cluster_share
+from lightning_dropcluster.learning.reclustering import cluster_share, recluster
 from lightning_dropcluster.learning.scopes import Grouping
 from lightning_dropcluster.learning.sketch import Sketch
 
@@ -71,7 +69,7 @@ def test_every_problem_gets_labels_without_an_empty_cluster(scope, shape):
     sketch = make_sketch(shape, scope)
     grouping = Grouping(scope, num_clusters=3)
     labels = cluster_share({"stem": sketch}, {}, FaissKMeans(), grouping)["stem"]
-    assert labels.dtype == torch.int32
+    assert labels.dtype == torch.int64
     assert labels.shape == sketch.scope.problems(shape)
     assert count_clusters(labels).tolist() == [3] * len(labels)
 
@@ -159,53 +157,23 @@ def test_layers_start_with_another_rank_each(monkeypatch):
         assert len(spy.calls) == 1
 
 
-@pytest.mark.parametrize("in_background", [False, True])
-def test_the_labels_are_those_of_the_work(in_background):
-    labels = torch.tensor([[0, 1, 1]], dtype=torch.int32)
-    job = Reclustering({"stem": (1, 3)}, lambda: {"stem": labels}, wait_steps=2, in_background=in_background)
-    assert torch.equal(job.result(CPU)["stem"], labels)
-    assert (job.wait_steps, job.shapes) == (2, {"stem": (1, 3)})
+def test_the_labels_are_those_of_the_work():
+    labels = torch.tensor([[0, 1, 1]])
+    assert recluster(lambda: {"stem": labels}, CPU) == {"stem": labels}
 
 
-@pytest.mark.parametrize("in_background", [False, True])
-def test_errors_wait_until_the_labels_are_asked_for(in_background):
+def test_errors_of_the_work_are_raised():
     def fail():
         raise ValueError("out of luck")
 
-    job = Reclustering({"stem": (1, 3)}, fail, wait_steps=2, in_background=in_background)
     with pytest.raises(ValueError, match="out of luck"):
-        job.result(CPU)
-    job.abandon()
+        recluster(fail, CPU)
 
 
-def test_training_goes_on_while_a_thread_works():
-    go = threading.Event()
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("std::bad_alloc"), torch.OutOfMemoryError()])
+def test_where_memory_does_not_suffice_there_are_no_labels(error):
+    def fail():
+        raise error
 
-    def work():
-        assert go.wait(10)
-        return {"stem": torch.zeros(1, 3, dtype=torch.int32)}
-
-    job = Reclustering({"stem": (1, 3)}, work, wait_steps=2, in_background=True)
-    go.set()  # would never be reached if the work ran first
-    assert not job.result(CPU)["stem"].any()
-
-
-def test_abandoning_waits_for_the_thread():
-    done = []
-
-    def work():
-        threading.Event().wait(0.1)
-        done.append(True)
-        return {}
-
-    Reclustering({}, work, wait_steps=1, in_background=True).abandon()
-    assert done == [True]
-
-
-def test_state_goes_through_a_file(tmp_path):
-    labels = torch.tensor([[0, 1, 1]], dtype=torch.int32)
-    job = Reclustering({"stem": (1, 3)}, lambda: {"stem": labels}, wait_steps=2, in_background=True)
-    torch.save(job.state_dict(), tmp_path / "job.pt")
-    restored = Reclustering.from_state(torch.load(tmp_path / "job.pt", weights_only=True), CPU)
-    assert (restored.wait_steps, restored.shapes) == (2, {"stem": (1, 3)})
-    assert torch.equal(restored.result(CPU)["stem"], labels)
+    with pytest.warns(UserWarning, match="out of memory in reclustering; the old labels stay"):
+        assert recluster(fail, CPU) == {}

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from lightning_dropcluster.functional import resize_labels
 from lightning_dropcluster.learning.sketch import Sketch
 
 SCOPES = ("map", "position", "layer", "channel")
@@ -308,3 +309,20 @@ def test_profiles_of_tiny_activations_have_unit_length():
     sketch = Sketch((1, 8), num_samples=8, sketch_dim=8)
     sketch.update(torch.randn(8, 1, 8, generator=torch.Generator().manual_seed(0)) * 1e-14)
     torch.testing.assert_close(sketch.profiles().norm(dim=2), torch.ones(1, 8))
+
+
+@pytest.mark.parametrize("size", [(3,), (12,), (5,)])
+def test_maps_of_another_size_are_taken_in_as_if_their_labels_were_looked_up(size):
+    sketch, expected = (Sketch((2, 6), num_samples=8, sketch_dim=8, any_size=True) for _ in range(2))
+    assert sketch.takes((2, *size))
+    assert not sketch.takes((3, *size))
+    x = torch.randn(8, 2, *size, generator=torch.Generator().manual_seed(0))
+    sketch.update(x)
+    expected.update(resize_labels(x.flatten(0, 1), (6,)).reshape(8, 2, 6))
+    assert torch.equal(sketch.profiles(), expected.profiles())
+
+
+def test_maps_of_another_size_are_refused_unless_they_are_asked_for():
+    sketch = Sketch((2, 6))
+    assert sketch.takes((2, 6))
+    assert not sketch.takes((2, 7))

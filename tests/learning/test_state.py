@@ -7,13 +7,12 @@ import torch
 
 from lightning_dropcluster import DropCluster
 from lightning_dropcluster.learning.clusters import clusters_from_labels
-from lightning_dropcluster.learning.reclustering import Reclustering
 from lightning_dropcluster.learning.scopes import SCOPES
 from lightning_dropcluster.learning.sketch import Sketch
 from lightning_dropcluster.learning.state import read_state
 
 LABELS = torch.arange(4).reshape(1, 2, 2).repeat(3, 1, 1)
-ENTRIES = ("scope", "progress", "clusters", "shapes", "windows_opened", "window", "reclustering", "memory")
+ENTRIES = ("scope", "progress", "clusters", "shapes", "windows_opened", "window", "memory")
 FAULTY_SHAPES = [None, 3, [], "322", [3, 0, 2], [3.0, 2, 2], [True, 2, 2]]
 MISSING = object()
 
@@ -35,20 +34,13 @@ def good_state() -> dict:
         "shapes": {"conv1": [3, 2, 2]},
         "windows_opened": 4,
         "window": {"conv1": {"shape": list(sketch.shape), **sketch.state_dict()}},
-        "reclustering": None,
         "memory": {"conv1": torch.zeros(3, 4, 8)},
     }
 
 
-def awaited() -> dict:
-    """What is written of labels that training has not switched to yet."""
-    shapes, labels = {"conv1": (3, 2, 2)}, {"conv1": LABELS.flatten(1).int()}
-    return Reclustering(shapes, lambda: labels, wait_steps=5, in_background=False).state_dict()
-
-
 def altered(path: str, value: object) -> dict:
     """Return a good state in which one entry, named by dots, is another or missing."""
-    state = good_state() | {"reclustering": awaited()}
+    state = good_state()
     *parents, last = path.split(".")
     holder = state
     for parent in parents:
@@ -70,7 +62,7 @@ def test_the_clusters_are_unpacked():
 
 
 def test_a_state_goes_through_a_file_that_holds_plain_values_only(tmp_path):
-    torch.save(good_state() | {"reclustering": awaited()}, tmp_path / "state")
+    torch.save(good_state(), tmp_path / "state")
     found = read_state(torch.load(tmp_path / "state", weights_only=True), "map")
     assert torch.equal(found["conv1"].labels, LABELS)
 
@@ -85,7 +77,6 @@ def test_the_state_of_a_callback_that_has_not_trained_is_taken(scope):
     [
         ("window", None),
         ("window", {}),
-        ("reclustering", None),
         ("clusters", {}),
         ("shapes", {}),
         ("windows_opened", 0),
@@ -94,6 +85,7 @@ def test_the_state_of_a_callback_that_has_not_trained_is_taken(scope):
         ("progress.began", None),
         ("progress.began", [0, 0, 0]),
         ("entry of a later version", 1),
+        ("reclustering", {"wait_steps": 5}),  # of an earlier version
     ],
 )
 def test_a_state_of_another_moment_is_taken(path, value):
@@ -128,12 +120,6 @@ def test_a_missing_entry_of_a_sketch_is_named(entry):
         read_state(altered(f"window.conv1.{entry}", MISSING), "map")
 
 
-@pytest.mark.parametrize("entry", ["wait_steps", "shapes", "labels"])
-def test_a_missing_entry_of_awaited_labels_is_named(entry):
-    with pytest.raises(ValueError, match=rf"^state_dict\['reclustering'\]: {entry} missing"):
-        read_state(altered(f"reclustering.{entry}", MISSING), "map")
-
-
 @pytest.mark.parametrize("state", [None, [], "state", 3])
 def test_a_state_that_is_no_mapping_is_a_type_error(state):
     with pytest.raises(TypeError, match=f"^state_dict: must be a mapping, not {type(state).__name__}"):
@@ -148,7 +134,6 @@ def test_a_state_that_is_no_mapping_is_a_type_error(state):
         ("shapes", "['shapes']"),
         ("window", "['window']"),
         ("window.conv1", "['window']['conv1']"),
-        ("reclustering", "['reclustering']"),
     ],
 )
 @pytest.mark.parametrize("value", [3, [], "x"])
@@ -215,33 +200,6 @@ def test_a_faulty_shape_names_the_layer(path, name, value):
         read_state(altered(path, value), "map")
 
 
-@pytest.mark.parametrize("value", [None, [[0, 1]], torch.zeros(4), torch.zeros(3, 2, 2)])
-def test_awaited_labels_that_are_no_table_name_the_layer(value):
-    message = re.escape(
-        "state_dict['reclustering']: labels of layer 'conv1' must be an int32 tensor of shape (3, 4)"
-    )
-    with pytest.raises(ValueError, match=message):
-        read_state(altered("reclustering.labels.conv1", value), "map")
-
-
-@pytest.mark.parametrize("value", [-1, 4])
-def test_awaited_labels_out_of_range_name_the_layer(value):
-    message = re.escape("labels of layer 'conv1' must be in [0, 4)")
-    with pytest.raises(ValueError, match=message):
-        read_state(altered("reclustering.labels.conv1", torch.full((3, 4), value).int()), "map")
-
-
-def test_awaited_steps_are_an_integer():
-    with pytest.raises(ValueError, match="wait_steps='x' must be an integer"):
-        read_state(altered("reclustering.wait_steps", "x"), "map")
-
-
-def test_awaited_labels_without_a_shape_name_the_layer():
-    message = re.escape("state_dict['reclustering']['shapes']: conv1 missing")
-    with pytest.raises(ValueError, match=message):
-        read_state(altered("reclustering.shapes.conv1", MISSING), "map")
-
-
 @pytest.mark.parametrize("path", ["progress.every", "progress.passed"])
 @pytest.mark.parametrize("value", [-1, 1.5, None, torch.tensor([])])
 def test_faulty_progress_is_named(path, value):
@@ -253,15 +211,3 @@ def test_faulty_progress_is_named(path, value):
 def test_what_progress_counts_is_a_bool(value):
     with pytest.raises(TypeError, match=r"state_dict: counts_steps=.* must be a bool"):
         read_state(altered("progress.counts_steps", value), "map")
-
-
-def test_labels_that_memory_did_not_suffice_for_do_not_hinder_a_checkpoint():
-    def fail():
-        raise MemoryError("too much")
-
-    job = Reclustering({"conv1": (3, 2, 2)}, fail, wait_steps=2, in_background=True)
-    state = job.state_dict()
-    assert state["labels"] == {}
-    read_state(good_state() | {"reclustering": state}, "map")
-    with pytest.warns(UserWarning, match="out of memory in reclustering; the old labels stay"):
-        assert job.result(torch.device("cpu")) == {}

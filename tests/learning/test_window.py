@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from lightning_dropcluster import memory
 from lightning_dropcluster.layers.hooks import LayerHook
-from lightning_dropcluster.learning.scopes import SCOPES
-from lightning_dropcluster.learning.sketch import Sketch
+from lightning_dropcluster.learning.sketch import Sketch, SketchSettings
 from lightning_dropcluster.learning.window import GatheringWindow
 
 SHAPE = (2, 3, 4)
@@ -14,10 +14,10 @@ def make_x(samples=8, shape=SHAPE, seed=0):
     return torch.randn(samples, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make_window(*names, **options):
-    settings = {"scope": SCOPES["map"], "number": 0, "num_samples": 20, "sketch_dim": 16, "seed": 0}
+def make_window(*names, number=0, shapes=None, **options):
+    settings = SketchSettings(**({"num_samples": 20, "sketch_dim": 16} | options))
     hooks = {name: LayerHook(name, LAYER, None) for name in names or ("stem",)}
-    return GatheringWindow(hooks, device=torch.device("cpu"), **(settings | options))
+    return GatheringWindow(hooks, settings, number, torch.device("cpu"), shapes)
 
 
 def step(window, batches):
@@ -49,22 +49,22 @@ def test_is_full_when_the_slowest_layer_that_ran_in_the_step_saw_enough():
     window, full = make_window("stem", "late"), []
     for batch in ({"stem": make_x(), "late": make_x()}, {"stem": make_x()}, {"stem": make_x(4)}):
         step(window, batch)
-        full.append(window.is_full())
+        full.append(window.verdict())
     step(window, {"stem": make_x()})
-    assert [*full, window.is_full()] == [False, False, False, True]
+    assert [*full, window.verdict()] == ["open", "open", "open", "full"]
 
 
 def test_a_layer_that_folds_heads_into_the_batch_does_not_close_the_window_for_others():
     window, full = make_window("stem", "heads"), []
     for _ in range(4):
         step(window, {"stem": make_x(8), "heads": make_x(32)})
-        full.append(window.is_full())
-    assert full == [False, False, False, True]
+        full.append(window.verdict())
+    assert full == ["open", "open", "open", "full"]
     assert {int(sketch.count) for sketch in window.close().values()} == {20}
 
 
 def test_a_window_without_a_sketch_is_not_full():
-    assert not make_window().is_full()
+    assert make_window().verdict() == "open"
 
 
 def test_closing_takes_the_sketches_and_leaves_nothing_behind():
@@ -79,7 +79,7 @@ def test_closing_takes_the_sketches_and_leaves_nothing_behind():
 
 
 def test_sketches_are_made_with_the_settings_of_the_window():
-    window = make_window(scope=SCOPES["channel"], number=3, num_samples=7, sketch_dim=5, seed=11)
+    window = make_window(scope="channel", number=3, num_samples=7, sketch_dim=5, seed=11)
     for _ in range(2):
         step(window, {"stem": make_x()})
     expected = Sketch(SHAPE, scope="channel", num_samples=7, sketch_dim=5, seed=11, window=3)
@@ -100,7 +100,7 @@ def test_the_first_batch_of_the_window_sets_its_size():
     window = make_window()
     step(window, {"stem": make_x(1, (2, 3, 6))})
     step(window, {"stem": make_x()})
-    assert not window.is_full()
+    assert window.verdict() == "open"
     step(window, {"stem": make_x()})
     assert window.hooks["stem"].sketch.shape == SHAPE
     assert window.hooks["stem"].sketch.count == 8
@@ -161,19 +161,94 @@ def test_samples_that_a_state_holds_beyond_those_asked_for_now_stay_in():
         step(saved, {"stem": make_x(seed=seed)})
     resumed.load_state_dict(saved.state_dict())
     step(resumed, {"stem": make_x(seed=9)})
-    assert resumed.is_full()
+    assert resumed.verdict() == "full"
     assert torch.equal(resumed.merge()["stem"].profiles(), saved.merge()["stem"].profiles())
 
 
-def test_a_window_stalls_where_the_size_has_changed_for_good():
+def verdicts(window, *widths):
+    """Do a step of 8 samples for each width, and return how the window stood after it."""
+    for width in widths:
+        step(window, {"stem": make_x(shape=(2, 3, width))})
+        yield window.verdict()
+
+
+def test_a_window_stalls_once_as_many_samples_of_one_other_size_have_passed():
+    assert [*verdicts(make_window(), 4, 4, 6, 6, 6)] == ["open"] * 4 + ["stalled"]
+    assert [*verdicts(make_window(), 4, 4, 6, 5, 6, 5, 6)] == ["open"] * 6 + ["stalled"]
+
+
+def test_sizes_that_take_turns_fill_a_window():
+    assert [*verdicts(make_window(), 4, *(4, 6, 6) * 3)] == ["open"] * 7 + ["full"] * 3
+
+
+def test_a_window_is_scattered_where_sizes_hardly_come_twice():
+    found = [*verdicts(make_window(), 4, *range(4, 15))]
+    assert found == ["open"] * 11 + ["scattered"]  # after 4 x 20 samples of other sizes
+
+
+def test_with_shapes_given_maps_of_all_sizes_fill_the_sketch():
+    window = make_window(shapes={"stem": (2, 3, 9)})
+    assert [*verdicts(window, 4, 5, 6, 7)] == ["open"] * 3 + ["full"]
+    assert window.merge()["stem"].shape == (2, 3, 9)
+
+
+def test_the_shapes_of_all_layers_are_those_of_their_last_calls():
+    window = make_window("stem", "late")
+    step(window, {"stem": make_x()})
+    step(window, {"stem": make_x(shape=(2, 3, 6))})
+    assert window.shapes_of_all() == {"stem": (2, 3, 6)}
+
+
+def test_a_layer_that_has_enough_does_not_stall_the_others():
+    window = make_window("stem", "heads")
+    batches = [{"stem": make_x(4), "heads": make_x(32, (2, 3, width))} for width in (4, 4, 6, 6, 6, 6)]
+    found = []
+    for batch in batches:
+        step(window, batch)
+        found.append(window.verdict())
+    assert found == ["open"] * 5 + ["full"]
+
+
+def test_what_has_passed_goes_through_a_state():
+    saved, resumed = make_window(), make_window()
+    assert [*verdicts(saved, 4, 4, 6, 6)] == ["open"] * 4
+    resumed.load_state_dict(saved.state_dict())
+    assert [*verdicts(resumed, 6)] == ["stalled"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+@pytest.mark.parametrize("method", ["__init__", "update"])
+def test_a_layer_for_which_memory_does_not_suffice_is_told_and_holds_none(error, method, monkeypatch):
+    window = make_window("stem", "late")
+    step(window, {"stem": make_x(), "late": make_x()})
+    monkeypatch.setattr(Sketch, method, lambda *args, **options: (_ for _ in ()).throw(error))
+    step(window, {"stem": make_x(), "late": make_x()})
+    assert window.verdict() == "failed"
+    assert window.failed["stem"] is error
+    assert error.__traceback__ is None
+    assert window.hooks["stem"].sketch is None
+    window.close()
+    assert all(hook.sketch is hook.gather_error is None for hook in window.hooks.values())
+
+
+def test_other_errors_of_a_sketch_pass(monkeypatch):
     window = make_window()
     step(window, {"stem": make_x()})
-    for _ in range(3):
-        step(window, {"stem": make_x(2)})
-        step(window, {"stem": make_x(2, shape=(2, 5, 6))})
-        assert not window.has_stalled()
-    step(window, {"stem": make_x(2, shape=(2, 5, 6))})
-    assert window.has_stalled()
+    monkeypatch.setattr(Sketch, "update", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step(window, {"stem": make_x()})
+
+
+def test_memory_that_is_not_there_is_not_asked_for(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1000.0)
+    window = make_window()
+    for _ in range(2):
+        step(window, {"stem": make_x()})
+    assert window.verdict() == "failed"
+    assert str(window.failed["stem"]) == "1,000 bytes are free"
 
 
 def test_its_state_is_tensors_and_plain_scalars(tmp_path):
