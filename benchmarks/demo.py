@@ -10,13 +10,12 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
-
-from record import parse
 from rich.console import Console
 from rich.table import Table
-from settings import Settings
-from train import run
+
+from benchmarks.common.record import parse
+from benchmarks.gain.settings import Settings
+from benchmarks.gain.train import run
 
 NUM_TEST = 500
 BASE = Settings(
