@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pytorch_lightning as pl
@@ -15,10 +12,12 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.common.images import class_names, find_files, read_split
+from benchmarks.common.images import cache_folder, read_images
 
 DataName = Literal["digits", "cifar10", "folder", "fake"]
 IN_FILES = ("cifar10", "folder")
+SCORED_AT_ONCE = 100
+"""Images of a batch where nothing is trained; larger ones leave the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +50,6 @@ class ImageData:
     mirror: bool
     calibration: Split | None = None
 
-    def read(
-        self, split: Literal["train", "test"], choose: Callable[[Tensor], Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Take one split, or a choice of it; see `read_split`."""
-        whole = {"train": self.train, "test": self.test}[split]
-        return (whole.images, whole.labels) if choose is None else whole[choose(whole.labels)]
-
 
 def load(
     data: DataName,
@@ -76,12 +68,12 @@ def load(
             "folder" (what is in `data_dir`) or "fake" (80 and 40 images of noise).
         data_dir: for "cifar10" and "folder": a folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or a tar
             file of it. With None, torchvision downloads CIFAR-10 into the user's cache folder.
-        image_size: side in pixels that the images in `data_dir` are scaled and cropped to, see `read_split`;
+        image_size: side in pixels that the images in `data_dir` are scaled and cropped to, see `read_images`;
             None takes them as they are.
         train_samples: how many training images to keep, 1 to all; None keeps all, or all but those for
             validation. The test split stays whole.
         validation_samples: take the split to score on from the other training images instead, and leave the
-            test images unread.
+            test images alone.
         calibration_samples: take so many of the other training images to calibrate on; 0 takes none.
         seed: chooses the subsets.
 
@@ -99,19 +91,17 @@ def load(
         raise ValueError(f"calibration_samples must be 0 with validation_samples, got {calibration_samples}")
     left_out = validation_samples if validation_samples is not None else calibration_samples or None
     if data_dir is not None:
-        files = find_files(data_dir)
-        classes, mirror, read = class_names(files), True, partial(read_split, files, image_size=image_size)
+        whole = _from_files(data_dir, image_size)
     else:
         whole = {"digits": _digits, "cifar10": _downloaded_cifar10, "fake": _fake}[data]()
-        classes, mirror, read = whole.classes, whole.mirror, whole.read
-    train = Split(*read("train", partial(training_subset, count=train_samples, left_out=left_out, seed=seed)))
+    labels = whole.train.labels
+    train = Split(*whole.train[training_subset(labels, train_samples, left_out, seed)])
     if left_out is None:
-        return ImageData(train, Split(*read("test")), classes, mirror)
-    others = partial(validation_subset, train=train_samples, count=left_out, seed=seed)
-    apart = Split(*read("train", others))
+        return replace(whole, train=train)
+    apart = Split(*whole.train[validation_subset(labels, train_samples, left_out, seed)])
     if validation_samples is not None:
-        return ImageData(train, apart, classes, mirror)
-    return ImageData(train, Split(*read("test")), classes, mirror, apart)
+        return replace(whole, train=train, test=apart)
+    return replace(whole, train=train, calibration=apart)
 
 
 def _check_source(data: DataName, data_dir: str | None, image_size: int | None) -> None:
@@ -222,12 +212,9 @@ class ImageDataModule(pl.LightningDataModule):
             collate_fn=partial(self._prepare, generator=generator if self.augment else None),
         )
 
-    def test_dataloader(self) -> DataLoader:
-        return self.loader(self.data.test)
-
     def loader(self, split: Split) -> DataLoader:
-        """Serve other images as those to score on are served."""
-        return DataLoader(split, self.batch_size, collate_fn=self._prepare)
+        """Serve images to score on, in their order."""
+        return DataLoader(split, SCORED_AT_ONCE, collate_fn=self._prepare)
 
     def _prepare(self, batch: Any, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         images, labels = batch
@@ -274,6 +261,12 @@ def jitter(images: Tensor, generator: Generator, mirror: bool) -> Tensor:
     return moved.permute(0, 3, 1, 2).contiguous()
 
 
+def _from_files(data_dir: str, image_size: int | None) -> ImageData:
+    read = read_images(data_dir, image_size)
+    train, test = (Split(read.images[split], read.labels[split]) for split in ("train", "test"))
+    return ImageData(train, test, read.classes, mirror=True)
+
+
 def _digits() -> ImageData:
     """Scale the 8 x 8 digits up to 32 x 32; the stratified split never changes."""
     from sklearn.datasets import load_digits
@@ -296,8 +289,7 @@ def _fake() -> ImageData:
 def _downloaded_cifar10() -> ImageData:
     from torchvision.datasets import CIFAR10
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lightning_dropcluster"
-    parts = [CIFAR10(cache, train=train, download=True) for train in (True, False)]
+    parts = [CIFAR10(cache_folder(), train=train, download=True) for train in (True, False)]
     train, test = (
         Split(torch.from_numpy(p.data).permute(0, 3, 1, 2), torch.tensor(p.targets)) for p in parts
     )

@@ -1,133 +1,159 @@
-"""Images in train/CLASS/* and test/CLASS/*, read from a folder or straight from a tar file."""
+"""Images in train/CLASS/* and test/CLASS/*, in a folder or a tar file; decoded once, and kept on disk."""
 
 from __future__ import annotations
 
-import io
+import hashlib
+import json
+import os
 import tarfile
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import is_image_file as is_image
 
-Source = Path | bytes
-Files = dict[tuple[str, str], dict[str, Source]]
-"""(split, class) to file name to where its bytes are."""
-
-SUFFIXES = (".jpg", ".jpeg", ".png")
 SPLITS = ("train", "test")
+File = tuple[str, str, Path | bytes]
+"""Class, file name, and where the bytes are."""
+Files = dict[str, list[File]]
+"""Split to its files, in order of class and name."""
+_WANTED = "data_dir must hold train/CLASS/*.jpg and test/CLASS/*.jpg of the same classes, got {}: {}"
+FORMAT = 1  # of what is kept; another number leaves aside what was kept before
 
 
-def find_files(data_dir: str) -> Files:
-    """List the images of a folder, or take those of a tar file into memory as they are stored.
+@dataclass(frozen=True)
+class Decoded:
+    """The images of each split, (N, 3, H, W) in uint8, read from the disk where they are used; and labels."""
 
-    A tar file is read once from start to end: going back in a compressed one means reading it anew.
+    images: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    classes: list[str]
+
+
+def cache_folder() -> Path:
+    """Return the folder for what is downloaded or decoded once."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lightning_dropcluster"
+
+
+def read_images(data_dir: str, image_size: int | None = None) -> Decoded:
+    """Read all images, which are decoded the first time and kept in the user's cache folder.
+
+    What is kept is found again by place, size and time of the files.
 
     Args:
         data_dir: a folder that holds train/CLASS/* and test/CLASS/*, directly or in a folder of its own, or a
             tar file of it, compressed or not.
-
-    Returns:
-        The images of each split and class.
+        image_size: side in pixels that the largest square in the middle of each image is scaled to; None
+            takes images as they are.
 
     Raises:
         FileNotFoundError: if `data_dir` or what should be in it does not exist, or the splits differ in
             their classes.
-        ValueError: if it is a file, but no tar file.
+        ValueError: if it is a file, but no tar file, an image cannot be decoded, or it differs in size from
+            the first and `image_size` is None.
     """
     path = Path(data_dir).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"data_dir must be an existing folder or tar file, got {data_dir!r}")
-    files: Files = defaultdict(dict)
-    for parts, source in _folder(path) if path.is_dir() else _tar(path):
-        if len(parts) in (3, 4) and parts[-3] in SPLITS and parts[-1].lower().endswith(SUFFIXES):
-            files[parts[-3], parts[-2]][parts[-1]] = source
-    train, test = (class_names(files, split) for split in SPLITS)
-    if not train or train != test:
-        raise FileNotFoundError(
-            "data_dir must hold train/CLASS/*.jpg and test/CLASS/*.jpg of the same classes, "
-            f"got {data_dir!r} with train: {train} and test: {test}"
-        )
-    return files
+    kept = cache_folder() / "decoded" / _fingerprint(path, image_size)
+    if not kept.exists():
+        _decode_into(kept, path, image_size)
+    return Decoded(
+        # Copy on write: torch wants memory that it may write to.
+        {split: torch.from_numpy(np.load(kept / f"{split}.npy", mmap_mode="c")) for split in SPLITS},
+        {split: torch.from_numpy(np.load(kept / f"{split}_labels.npy")) for split in SPLITS},
+        json.loads((kept / "classes.json").read_text()),
+    )
 
 
-def class_names(files: Files, split: str = "train") -> list[str]:
-    """Name the classes of a split in alphabetical order, which numbers them."""
-    return sorted(name for part, name in files if part == split)
+def _fingerprint(path: Path, image_size: int | None) -> str:
+    files = sorted(path.glob("**/*.*")) if path.is_dir() else [path]
+    states = [(str(file.relative_to(path)), file.stat()) for file in files]
+    listed = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
+    about = json.dumps([FORMAT, str(path.resolve()), image_size, listed])
+    return hashlib.sha256(about.encode()).hexdigest()[:20]
 
 
-def read_split(
-    files: Files,
-    split: str,
-    choose: Callable[[Tensor], Tensor] | None = None,
-    image_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Decode the images of one split, or a choice of them.
-
-    Args:
-        files: what `find_files` returned.
-        split: "train" or "test".
-        choose: takes the labels (N,) of all images, in order of class and file name, and returns the indices
-            of those wanted; None takes all.
-        image_size: side in pixels that the largest square in the middle of each image is scaled to; None
-            takes images as they are.
-
-    Returns:
-        Images (n, 3, H, W) in uint8 and labels (n,) in int64.
-
-    Raises:
-        ValueError: if an image cannot be decoded, or differs in size from the first and `image_size` is None.
-    """
-    listed = [
-        (label, f"{split}/{name}/{file}", source)
-        for label, name in enumerate(class_names(files))
-        for file, source in sorted(files[split, name].items(), key=lambda item: item[0])
-    ]
-    labels = torch.tensor([label for label, _, _ in listed])
-    chosen = torch.arange(len(labels)) if choose is None else choose(labels)
-    names, sources = zip(*[listed[index][1:] for index in chosen.tolist()], strict=True)
-    images = [_decode(name, source, image_size) for name, source in zip(names, sources, strict=True)]
-    _check_sizes(images, names)
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), labels[chosen]
+def _decode_into(kept: Path, path: Path, image_size: int | None) -> None:
+    """Decode in a folder aside, so that a process that runs at the same time sees all or nothing."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    files = _in_folder(path) if path.is_dir() else _in_tar(path)
+    classes = [sorted({name for name, _, _ in files[split]}) for split in SPLITS]
+    if not classes[0] or classes[0] != classes[1]:
+        raise FileNotFoundError(_WANTED.format(path, f"train: {classes[0]} and test: {classes[1]}"))
+    with TemporaryDirectory(dir=kept.parent) as aside:
+        made = Path(aside) / "made"
+        made.mkdir()
+        for split in SPLITS:
+            labels = [classes[0].index(name) for name, _, _ in files[split]]
+            np.save(made / f"{split}_labels.npy", np.array(labels))
+            _decode(files[split], split, made / f"{split}.npy", image_size)
+        (made / "classes.json").write_text(json.dumps(classes[0]))
+        try:
+            made.rename(kept)
+        except OSError:
+            if not kept.exists():  # else another process was first
+                raise
 
 
-def _check_sizes(images: list[np.ndarray], names: Sequence[str]) -> None:
-    for image, name in zip(images, names, strict=True):
-        if image.shape != images[0].shape:
-            sizes = [f"{shape[1]} x {shape[0]}" for shape in (image.shape, images[0].shape)]
-            raise ValueError(
-                f"images must have one size where image_size is None, got {sizes[0]} for {name}, "
-                f"{sizes[1]} for {names[0]}"
-            )
-
-
-def _decode(name: str, source: Source, image_size: int | None) -> np.ndarray:
+def _in_folder(path: Path) -> Files:
+    home = next((folder for folder in (path, *sorted(path.glob("*/"))) if (folder / "train").is_dir()), path)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            colours = image.convert("RGB")
-            if image_size is not None:
-                colours = ImageOps.fit(colours, (image_size, image_size), Image.Resampling.BICUBIC)
-            return np.array(colours)
-    except OSError as error:
-        raise ValueError(f"{name} cannot be decoded: {error}") from error
+        folders = {split: ImageFolder(str(home / split)) for split in SPLITS}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(_WANTED.format(path, error)) from error
+    return {
+        split: [(folder.classes[label], Path(file).name, Path(file)) for file, label in folder.samples]
+        for split, folder in folders.items()
+    }
 
 
-def _folder(path: Path) -> Iterator[tuple[tuple[str, ...], Source]]:
-    direct = any((path / split).is_dir() for split in SPLITS)
-    for split in SPLITS:
-        for file in path.glob(f"{split}/*/*" if direct else f"*/{split}/*/*"):
-            yield file.relative_to(path).parts, file
-
-
-def _tar(path: Path) -> Iterator[tuple[tuple[str, ...], Source]]:
+def _in_tar(path: Path) -> Files:
+    """Take the files into memory, in one pass: to go back in a compressed one is to read it anew."""
+    found: Files = {split: [] for split in SPLITS}
     try:
         with tarfile.open(path, "r|*") as archive:
             for member in archive:
-                content = archive.extractfile(member) if member.isfile() else None
-                if content is not None:
-                    yield PurePosixPath(member.name).parts, content.read()
+                parts = PurePosixPath(member.name).parts
+                content = archive.extractfile(member) if is_image(member.name) else None
+                if content is not None and len(parts) in (3, 4) and parts[-3] in SPLITS:
+                    found[parts[-3]].append((parts[-2], parts[-1], content.read()))
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"data_dir must be a folder or a tar file, got {str(path)!r} ({error})") from error
+    return {split: sorted(files, key=lambda file: file[:2]) for split, files in found.items()}
+
+
+def _decode(files: Sequence[File], split: str, out: Path, image_size: int | None) -> None:
+    names = ["/".join((split, *file[:2])) for file in files]
+    array = None
+    for index, (_, _, source) in enumerate(files):
+        image = _load(names[index], source, image_size)
+        height, width = image.shape[1:]
+        if array is None:
+            array = open_memmap(out, "w+", np.uint8, (len(files), 3, height, width))
+        if array.shape[2:] != (height, width):
+            raise ValueError(
+                f"images must have one size where image_size is None, got {width} x {height} for "
+                f"{names[index]}, {array.shape[3]} x {array.shape[2]} for {names[0]}"
+            )
+        array[index] = image
+
+
+def _load(name: str, source: Path | bytes, image_size: int | None) -> np.ndarray:
+    """Decode an image to (3, H, W)."""
+    try:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+            colours = image.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{name} cannot be decoded: {error}") from error
+    if image_size is not None:
+        colours = ImageOps.fit(colours, (image_size, image_size), Image.Resampling.BICUBIC)
+    return np.asarray(colours).transpose(2, 0, 1)

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from jsonargparse import auto_cli
 from torch import Tensor
 
 from benchmarks.common.data import DataName, ImageDataModule, load
 from benchmarks.common.inertia import inertia
 from benchmarks.common.models import build_model
-from benchmarks.common.record import parse, provenance, quiet, write_line
+from benchmarks.common.record import provenance, quiet, write_line
 from benchmarks.cost.activations import BATCH, exact_profiles, look
 from benchmarks.gain.settings import Settings as TrainSettings
 from benchmarks.gain.train import Classifier, build_trainer
@@ -83,7 +84,7 @@ def follow(settings: Settings, case: str, options: dict[str, Any]) -> dict[str, 
     training = TrainSettings(epochs=settings.epochs, progress_bar=False)
     trainer = build_trainer(training, callback, weigh, accelerator="cpu")
     network = build_model(settings.model, "cifar", len(images.classes))
-    trainer.fit(Classifier(network, len(images.classes), lr=0.05, weight_decay=0.0), datamodule=module)
+    trainer.fit(Classifier(network, lr=0.05, weight_decay=0.0), datamodule=module)
     return {
         "case": case,
         "updates": callback._layers.windows_opened,
@@ -113,4 +114,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Settings, __doc__))
+    main(auto_cli(Settings, as_positional=False))

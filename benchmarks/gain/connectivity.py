@@ -8,16 +8,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from jsonargparse import auto_cli
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 from benchmarks.common.data import ImageDataModule
-from benchmarks.common.record import parse, provenance, quiet, write_line
+from benchmarks.common.record import provenance, quiet, write_line
 from benchmarks.gain.methods import build_callback
-from benchmarks.gain.protocol import Stage, aside
+from benchmarks.gain.protocol import Stage, aside, load_stage
 from benchmarks.gain.scoring import score
 from benchmarks.gain.settings import Settings, arguments
-from benchmarks.gain.stages import STAGES, StageName
 from benchmarks.gain.train import Classifier, build_batches, build_classifier, build_trainer
 
 Weights = dict[str, Tensor]
@@ -37,7 +37,7 @@ class Options:
         out: file to which the records are appended.
     """
 
-    stage: StageName = "quick"
+    stage: str = "quick"
     data_dir: str | None = None
     drop_prob: float = 0.3
     cluster_size: float = 64
@@ -54,7 +54,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Print a record for each case and seed, the cases in turn."""
-    stage = STAGES[options.stage]
+    stage = load_stage(options.stage)
     for seed in range(stage.tuning_seed, stage.tuning_seed + options.seeds):
         for settings in cases(options, stage, seed):
             with quiet():
@@ -95,7 +95,7 @@ def line(settings: Settings, points: int) -> dict[str, Any]:
     for share in torch.linspace(0, 1, points).tolist():
         middle.load_state_dict(mix(first, second, share))
         update_bn(batches.loader(batches.data.train), middle)
-        scores.append(score(trainer, middle, batches.test_dataloader()))
+        scores.append(score(trainer, middle, batches))
     found = {name: [each[name] for each in scores] for name in ("nll", "accuracy")}
     losses, hits = (torch.tensor(found[name], dtype=torch.float64) for name in ("nll", "accuracy"))
     return {**found, "nll_barrier": barrier(losses), "accuracy_barrier": barrier(-hits)}
@@ -142,4 +142,4 @@ def barrier(losses: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main(parse(Options, __doc__))
+    main(auto_cli(Options, as_positional=False))

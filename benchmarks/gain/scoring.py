@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from benchmarks.common.data import ImageDataModule, Split, balanced_subset
 from benchmarks.gain.corruptions import CORRUPTIONS, SEVERITIES, corrupt
@@ -18,62 +19,83 @@ SCORES = ("accuracy", "nll", "ece")
 Scores = dict[str, float | None]
 
 
-def score(trainer: pl.Trainer, classifier: pl.LightningModule, loader: Any) -> Scores:
-    """Return accuracy, NLL and ECE on the images of a loader; None where one is not finite."""
-    found = trainer.test(classifier, dataloaders=loader, verbose=False)[0]
-    return {name: round(found[name], 6) if math.isfinite(found[name]) else None for name in SCORES}
-
-
-def score_corrupted(
-    trainer: pl.Trainer, classifier: pl.LightningModule, batches: ImageDataModule, count: int
-) -> dict[str, dict[str, list[float | None]]]:
-    """Score some of the images to score on under each corruption of `corruptions.py`.
+def score(
+    trainer: pl.Trainer, classifier: pl.LightningModule, batches: ImageDataModule, corrupted_samples: int = 0
+) -> dict[str, Any]:
+    """Score a classifier in one pass over the images.
 
     Args:
         trainer: runs the classifier.
-        classifier: a trained one.
-        batches: whose `test` split holds the images.
-        count: how many of them to take, class-balanced and always the same; none for 0.
+        classifier: a trained one, whose `predict_step` gives logits and labels.
+        batches: whose `test` split is scored; where there is a `calibration` split, a temperature is fitted
+            on it, and NLL and ECE are scored with that as well.
+        corrupted_samples: how many of the images to score once more under each corruption of
+            `corruptions.py`, class-balanced and always the same.
 
     Returns:
-        Corruption to score to its values, a list over severities.
+        Accuracy, nll and ece, None where one is not finite; corrupted, corruption to score to its values, a
+        list over severities; and scaled, the scores after temperature scaling and the temperature, where one
+        was fitted.
     """
-    if count == 0:
-        return {}
-    clean = batches.data.test
-    images, labels = clean[balanced_subset(clean.labels, count, seed=0)]
-    found: dict[str, dict[str, list[float | None]]] = {}
-    for name in CORRUPTIONS:
-        splits = [Split(corrupt(images, name, severity), labels) for severity in SEVERITIES]
-        scores = [score(trainer, classifier, batches.loader(split)) for split in splits]
-        found[name] = {key: [each[key] for each in scores] for key in SCORES}
+    data = batches.data
+    damaged = corrupt_some(data.test, corrupted_samples)
+    splits = [data.test, *damaged.values(), *([data.calibration] if data.calibration else [])]
+    logits = predict(trainer, classifier, batches, splits)
+    rated = {key: rate(*pair) for key, pair in zip(damaged, logits[1:], strict=False)}
+    found = {**rate(*logits[0]), "corrupted": _by_corruption(rated)}
+    if data.calibration:
+        temperature = fit_temperature(*logits[-1])
+        scaled = rate(logits[0][0] / temperature, logits[0][1])
+        found["scaled"] = {**scaled, "temperature": round(temperature, 6)}
     return found
 
 
-def score_scaled(trainer: pl.Trainer, classifier: Any, batches: ImageDataModule) -> Scores:
-    """Fit a temperature on the images to calibrate on, and score with it.
-
-    Source: Guo et al. 2017, https://arxiv.org/abs/1706.04599.
-
-    Args:
-        trainer: runs the classifier.
-        classifier: a trained one, which divides its logits by its `temperature` where it is scored.
-        batches: whose `calibration` split the temperature is fitted on.
+def predict(
+    trainer: pl.Trainer, classifier: pl.LightningModule, batches: ImageDataModule, splits: list[Split]
+) -> list[tuple[Tensor, Tensor]]:
+    """Run a classifier once over some images.
 
     Returns:
-        The scores and the temperature; empty where there is no such split.
+        For each split logits (N, classes) in float32 and labels (N,).
     """
-    if batches.data.calibration is None:
+    found: Any = trainer.predict(classifier, [batches.loader(split) for split in splits])
+    found = [found] if len(splits) == 1 else found
+    joined = [[torch.cat(parts).cpu() for parts in zip(*each, strict=True)] for each in found]
+    return [(logits.float(), labels) for logits, labels in joined]
+
+
+def rate(logits: Tensor, labels: Tensor) -> Scores:
+    """Return accuracy, NLL and ECE in 15 bins; None where one is not finite.
+
+    Args:
+        logits: (N, classes).
+        labels: (N,).
+    """
+    probabilities, classes = logits.softmax(1), logits.shape[1]
+    found = {
+        "accuracy": (logits.argmax(1) == labels).float().mean().item(),
+        "nll": F.cross_entropy(logits, labels).item(),
+        "ece": multiclass_calibration_error(probabilities, labels, classes, n_bins=15, norm="l1").item(),
+    }
+    return {name: round(value, 6) if math.isfinite(value) else None for name, value in found.items()}
+
+
+def corrupt_some(clean: Split, count: int) -> dict[tuple[str, int], Split]:
+    """Corrupt some of the images in every way: (name, severity) to images; nothing for a count of 0."""
+    if count == 0:
         return {}
-    pairs: Any = trainer.predict(classifier, batches.loader(batches.data.calibration))
-    logits, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    classifier.temperature = fit_temperature(logits, labels)
-    scores = score(trainer, classifier, batches.test_dataloader())
-    return {**scores, "temperature": round(classifier.temperature, 6)}
+    images, labels = clean[balanced_subset(clean.labels, count, seed=0)]
+    ways = [(name, severity) for name in CORRUPTIONS for severity in SEVERITIES]
+    return {(name, severity): Split(corrupt(images, name, severity), labels) for name, severity in ways}
+
+
+def _by_corruption(rated: dict[tuple[str, int], Scores]) -> dict[str, dict[str, list[float | None]]]:
+    names = dict.fromkeys(name for name, _ in rated)
+    return {name: {key: [rated[name, s][key] for s in SEVERITIES] for key in SCORES} for name in names}
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the temperature, in 0.05 to 20, that lowers NLL most.
+    """Return the temperature, in 0.05 to 20, that lowers NLL most (https://arxiv.org/abs/1706.04599).
 
     Args:
         logits: (N, classes), finite.

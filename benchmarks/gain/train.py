@@ -9,28 +9,26 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from jsonargparse import auto_cli
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from benchmarks.common.data import ImageDataModule, load
 from benchmarks.common.models import build_model, trained_moments
-from benchmarks.common.record import parse, provenance, quiet, write_line
+from benchmarks.common.record import provenance, quiet, write_line
 from benchmarks.gain.methods import build_callback
-from benchmarks.gain.scoring import score, score_corrupted, score_scaled
+from benchmarks.gain.scoring import score
 from benchmarks.gain.settings import Settings, arguments
-from benchmarks.gain.variants import variant
 from lightning_dropcluster import DropCluster, RBlock
 from lightning_dropcluster.methods import Regularizer
 from lightning_dropcluster.visualization import plot_clusters
 
 
 class Classifier(RBlock, pl.LightningModule):
-    """Cross entropy or R-Block's loss, SGD with Nesterov momentum, one learning-rate cycle; and scores."""
+    """Cross entropy or R-Block's loss, SGD with Nesterov momentum, one learning-rate cycle."""
 
     def __init__(
         self,
         model: nn.Module,
-        num_classes: int,
         lr: float,
         weight_decay: float,
         pair_weight: float = 0.0,
@@ -39,9 +37,6 @@ class Classifier(RBlock, pl.LightningModule):
         super().__init__()
         self.model, self.lr, self.weight_decay, self.pair_weight = model, lr, weight_decay, pair_weight
         self.regularizer_lr = lr if regularizer_lr is None else regularizer_lr
-        self.temperature = 1.0
-        self.accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.ece = MulticlassCalibrationError(num_classes, n_bins=15, norm="l1")
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
@@ -55,15 +50,9 @@ class Classifier(RBlock, pl.LightningModule):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
-        logits = self(images) / self.temperature
-        for metric in (self.accuracy, self.ece):
-            metric.update(logits.softmax(1), labels)
-        self.log_dict({"accuracy": self.accuracy, "ece": self.ece}, on_epoch=True)
-        self.log("nll", F.cross_entropy(logits, labels), on_epoch=True, batch_size=len(labels))
-
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
+    def predict_step(
+        self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> tuple[Tensor, Tensor]:
         return self(batch[0]), batch[1]
 
     def configure_optimizers(self) -> Any:
@@ -77,37 +66,32 @@ class Classifier(RBlock, pl.LightningModule):
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Train once, score once on images not trained on, and describe the run.
+    """Train once, score on images not trained on, and describe the run.
 
     Args:
         settings: everything that the run depends on.
 
     Returns:
-        The record: accuracy, nll, ece, the split that they are of, corrupted (name to score to a list over
-        severities), scaled (the scores after temperature scaling, and the temperature) if asked for, seconds,
-        recluster_seconds, versions, commit, device and arguments. Of paths only the last part is kept.
+        The record: what `score` returns, the split that it is of, seconds, recluster_seconds, versions,
+        commit, device and arguments. Of paths only the last part is kept.
 
     Raises:
         FileNotFoundError: if there are no images in `data_dir`.
         ValueError: if a setting is out of range.
     """
-    with quiet(), variant(settings.variant):
+    with quiet():
         pl.seed_everything(settings.seed, workers=True, verbose=False)
         batches = build_batches(settings)
         classifier = build_classifier(settings, len(batches.data.classes))
         callback = build_callback(settings, classifier.model)
         trainer = build_trainer(settings, callback)
         seconds = timed_fit(trainer, classifier, batches)
-        scores = score(trainer, classifier, batches.test_dataloader())
-        corrupted = score_corrupted(trainer, classifier, batches, settings.corrupted_samples)
-        scaled = score_scaled(trainer, classifier, batches)
+        scores = score(trainer, classifier, batches, settings.corrupted_samples)
     if settings.plot and isinstance(callback, DropCluster):
         save_plot(callback, settings)
     return {
         **scores,
         "split": "test" if settings.validation_samples is None else "validation",
-        "corrupted": corrupted,
-        **({"scaled": scaled} if scaled else {}),
         "seconds": round(seconds, 3),
         "recluster_seconds": round(getattr(callback, "recluster_seconds", 0.0), 3),
         **provenance(),
@@ -154,7 +138,6 @@ def build_classifier(settings: Settings, num_classes: int) -> Classifier:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return Classifier(
         model,
-        num_classes,
         lr=settings.lr,
         weight_decay=settings.weight_decay,
         pair_weight=settings.pair_weight,
@@ -190,5 +173,5 @@ def save_plot(callback: DropCluster, settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    settings = parse(Settings, __doc__)
+    settings = auto_cli(Settings, as_positional=False)
     write_line(run(settings), settings.out)
