@@ -10,10 +10,10 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common.record import parse
 from benchmarks.gain.settings import Settings
 from benchmarks.gain.train import run
 
@@ -107,4 +107,4 @@ def closing(records: dict[str, dict[str, Any]], seconds: float) -> Iterator[str]
 
 
 if __name__ == "__main__":
-    main(parse(Demo, __doc__))
+    main(auto_cli(Demo, as_positional=False))

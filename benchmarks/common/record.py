@@ -1,8 +1,7 @@
-"""What benchmarks share: a command line from a dataclass, quiet runs, records of where numbers come from."""
+"""What benchmarks share: quiet runs, and records of where numbers come from."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import platform
@@ -11,14 +10,11 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
-import docstring_parser
 import torch
-from jsonargparse import ArgumentParser
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("lightning_dropcluster", "benchmarks", ":!benchmarks/results", ":!*.md")
@@ -27,30 +23,6 @@ HINTS = (
     ".*does not have many workers",  # the images are in memory: nothing to load
     ".*LeafSpec",  # Lightning 2.6 with torch 2.15
 )
-S = TypeVar("S")
-
-
-def parse(settings: type[S], description: str | None, words: list[str] | None = None) -> S:
-    """Read settings from the command line: one option per field, explained by the class's docstring.
-
-    Args:
-        settings: a dataclass with a default for every field.
-        description: what `--help` says first.
-        words: of the command line; None takes those of the process.
-
-    Returns:
-        The settings; a flag is spelt `--name` or `--no-name`.
-    """
-    parser = ArgumentParser(description=description)
-    types = get_type_hints(settings)
-    help_of = {p.arg_name: p.description for p in docstring_parser.parse(settings.__doc__ or "").params}
-    for field in fields(settings):  # type: ignore[arg-type]
-        kind: dict[str, Any] = {"type": types[field.name]}
-        if types[field.name] is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, default=field.default, help=help_of.get(field.name), **kind)
-    return settings(**parser.parse_args(words).as_dict())
 
 
 @contextmanager

@@ -13,11 +13,12 @@ from typing import Any
 
 import timm
 import torch
+from jsonargparse import auto_cli
 from timm.layers.drop import DropBlock2d
 from torch import Tensor, nn
 from torch.profiler import profile
 
-from benchmarks.common.record import parse, provenance, write_line
+from benchmarks.common.record import provenance, write_line
 from benchmarks.cost.timing import clock, usual_device
 from lightning_dropcluster import ClusterDrop, FaissKMeans, select_layers
 from lightning_dropcluster.layers.injection import Injection
@@ -295,4 +296,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Settings, __doc__))
+    main(auto_cli(Settings, as_positional=False))

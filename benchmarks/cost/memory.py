@@ -9,11 +9,12 @@ from typing import Any
 
 import timm
 import torch
+from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common.record import parse, provenance, write_line
+from benchmarks.common.record import provenance, write_line
 from benchmarks.cost.latency import clustered, dropping
 from benchmarks.cost.peak import added_gpu_memory
 from benchmarks.cost.timing import usual_device
@@ -137,4 +138,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Settings, __doc__))
+    main(auto_cli(Settings, as_positional=False))

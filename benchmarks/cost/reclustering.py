@@ -9,10 +9,11 @@ from statistics import mean, median
 from typing import Any, Literal
 
 import torch
+from jsonargparse import auto_cli
 
 from benchmarks.common.data import DataName
 from benchmarks.common.inertia import inertia
-from benchmarks.common.record import parse, provenance, write_line
+from benchmarks.common.record import provenance, write_line
 from benchmarks.cost.activations import (
     RANDOM,
     SIZES,
@@ -265,4 +266,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Settings, __doc__))
+    main(auto_cli(Settings, as_positional=False))

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jsonargparse import auto_cli
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks.common.record import parse, provenance, write_line
+from benchmarks.common.record import provenance, write_line
 from benchmarks.cost.activations import BATCH, random_fields
 from lightning_dropcluster.clustering import FaissKMeans
 from lightning_dropcluster.learning.reclustering import cluster_share
@@ -174,4 +175,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Settings, __doc__))
+    main(auto_cli(Settings, as_positional=False))

@@ -7,9 +7,10 @@ from statistics import median
 from typing import Any
 
 import pytorch_lightning as pl
+from jsonargparse import auto_cli
 
 from benchmarks.common.data import DataName, ImageDataModule
-from benchmarks.common.record import parse, provenance, quiet, write_line
+from benchmarks.common.record import provenance, quiet, write_line
 from benchmarks.gain.methods import build_callback
 from benchmarks.gain.settings import Settings, arguments
 from benchmarks.gain.train import build_batches, build_classifier, build_trainer, timed_fit
@@ -131,4 +132,4 @@ def split(seconds: dict[str, list[float]], clustering: float) -> dict[str, float
 
 
 if __name__ == "__main__":
-    main(parse(Options, __doc__))
+    main(auto_cli(Options, as_positional=False))

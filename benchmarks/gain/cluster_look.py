@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from jsonargparse import auto_cli
 from scipy import ndimage
 from torch import Tensor
 
 from benchmarks.common.inertia import inertia
-from benchmarks.common.record import parse, provenance, quiet, write_line
+from benchmarks.common.record import provenance, quiet, write_line
 from benchmarks.gain.controls import Blocks, RandomStart, Shuffled
 from benchmarks.gain.methods import build_callback
+from benchmarks.gain.protocol import load_stage
 from benchmarks.gain.settings import Settings, arguments
-from benchmarks.gain.stages import STAGES, StageName
 from benchmarks.gain.train import build_batches, build_classifier, build_trainer
 from lightning_dropcluster import Clusterer, FaissKMeans
 from lightning_dropcluster.clustering.agreement import adjusted_rand_index
@@ -46,7 +47,7 @@ class Options:
         plot: PNG file for the picture.
     """
 
-    stage: StageName = "quick"
+    stage: str = "quick"
     data_dir: str | None = None
     layer: str | None = None
     any_layer: bool = False
@@ -169,7 +170,7 @@ def main(options: Options) -> None:
 
 def stage_settings(options: Options) -> Settings:
     """Take a stage's settings, with DropCluster as the options say."""
-    base = STAGES[options.stage].base
+    base = load_stage(options.stage).base
     return replace(
         base,
         layers=options.layer or base.layers,
@@ -205,4 +206,4 @@ def draw(looks: list[list[Look]]) -> Figure:
 
 
 if __name__ == "__main__":
-    main(parse(Options, __doc__))
+    main(auto_cli(Options, as_positional=False))

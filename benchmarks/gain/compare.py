@@ -9,25 +9,24 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.record import parse, write_line
-from benchmarks.gain.protocol import Record, Run, final_runs, key, tuning_runs
-from benchmarks.gain.settings import Settings
-from benchmarks.gain.stages import STAGES, StageName
+from jsonargparse import auto_cli
 
-TRAIN = "benchmarks.gain.train"
+from benchmarks.common.record import write_line
+from benchmarks.gain.protocol import Record, Run, final_runs, key, load_stage, tuning_runs
+from benchmarks.gain.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a comparison lets you choose.
+    """Compare methods over seeds by the protocol in evidence.md; a run that has finished is never run again.
 
     Args:
-        stage: a name from `stages.py`.
+        stage: the name of a file in `stages/`, or the path of another YAML file.
         out: JSON-lines file with the record of each finished run; runs that are in it are not run again.
         data_dir: see `train.py`.
         weights: a file to take in place of what timm downloads, in stages that start from trained weights.
@@ -37,7 +36,7 @@ class Options:
         dry_run: only count what remains to be run.
     """
 
-    stage: StageName = "quick"
+    stage: str = "quick"
     out: str = "compare.jsonl"
     data_dir: str | None = None
     weights: str | None = None
@@ -58,7 +57,7 @@ def main(options: Options) -> int:
     Returns:
         The number of runs that are missing in the end.
     """
-    stage = STAGES[options.stage]
+    stage = load_stage(options.stage)
     base = replace(stage.base, data_dir=options.data_dir, progress_bar=False)
     if options.weights is not None:
         base = replace(base, weights=_in_place_of(base.weights, options))
@@ -114,29 +113,24 @@ def attempt(run: Run, options: Options) -> bool:
     Returns:
         Whether it succeeded; if not, what it said is on standard error.
     """
-    command = [*shlex.split(options.launcher), sys.executable, "-m", TRAIN, *words(run.settings)]
+    train = [sys.executable, "-m", "benchmarks.gain.train", "--config", json.dumps(changes(run.settings))]
+    command = [*shlex.split(options.launcher), *train]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"{run.method} failed: {shlex.join(command)}\n{done.stderr}", file=sys.stderr, flush=True)
         return False
     record = json.loads(done.stdout.splitlines()[-1])
-    write_line({"stage": options.stage, "method": run.method, "phase": run.phase, **record}, options.out)
+    stage = Path(options.stage).stem
+    write_line({"stage": stage, "method": run.method, "phase": run.phase, **record}, options.out)
     return True
 
 
-def words(settings: Settings) -> list[str]:
-    """Spell settings as options of `train.py`, those that differ from the default."""
-    changed = {f.name: getattr(settings, f.name) for f in fields(Settings)}
-    changed = {name: value for name, value in changed.items() if value != getattr(Settings(), name)}
-    return [word for name, value in changed.items() for word in _option(name.replace("_", "-"), value)]
-
-
-def _option(flag: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    return [f"--{flag}", json.dumps(value) if isinstance(value, list) else str(value)]
+def changes(settings: Settings) -> dict[str, Any]:
+    """List the settings that differ from the default."""
+    usual = asdict(Settings())
+    return {name: value for name, value in asdict(settings).items() if value != usual[name]}
 
 
 if __name__ == "__main__":
-    sys.exit(1 if main(parse(Options, __doc__)) else 0)
+    sys.exit(1 if main(auto_cli(Options, as_positional=False)) else 0)

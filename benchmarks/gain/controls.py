@@ -1,11 +1,10 @@
-"""Clusterers for comparisons: controls that know nothing of correlation, and ideas for better clusters."""
+"""Clusterers for comparisons: controls that know nothing of correlation, or nothing of the grid."""
 
 from __future__ import annotations
 
 import torch
 from torch import Generator, Tensor
 
-from benchmarks.common.inertia import explained_variance
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans
 from lightning_dropcluster.clustering.tiles import tile
 
@@ -80,61 +79,3 @@ class RandomStart:
     ) -> Tensor:
         """Cluster without the grid; see `Clusterer.fit`."""
         return self.kmeans.fit(profiles, num_clusters, init_labels, None)
-
-
-class MixedSizes:
-    """Clusters of another mean size at each reclustering: a bank of scales, drawn from over time.
-
-    Source of the idea: feature grouping (https://arxiv.org/abs/1807.11718) draws one of several clusterings
-    per step.
-
-    Args:
-        clusterer: finds the clusters.
-        seed: of the drawn sizes.
-        factors: by which the mean size may grow beyond what was asked for.
-    """
-
-    def __init__(self, clusterer: Clusterer, seed: int = 0, factors: tuple[int, ...] = (1, 4, 16)) -> None:
-        self.clusterer, self.factors = clusterer, factors
-        self.generator = Generator().manual_seed(seed)
-
-    def fit(
-        self,
-        profiles: Tensor,
-        num_clusters: int,
-        init_labels: Tensor | None = None,
-        grid: tuple[int, ...] | None = None,
-    ) -> Tensor:
-        """Cluster into fewer clusters by a drawn factor, always from a cold start; see `Clusterer.fit`."""
-        drawn = self.factors[int(torch.randint(len(self.factors), (), generator=self.generator))]
-        return self.clusterer.fit(profiles, max(1, num_clusters // drawn), None, grid)
-
-
-class Explained:
-    """The fewest clusters that explain a share of each problem's variance: large ones where items are alike.
-
-    Args:
-        clusterer: finds the clusters.
-        share: of the variance, in (0, 1).
-        factors: by which the number of clusters may fall below what was asked for, rising.
-    """
-
-    def __init__(
-        self, clusterer: Clusterer, share: float = 0.5, factors: tuple[int, ...] = (2, 4, 8, 16)
-    ) -> None:
-        self.clusterer, self.share, self.factors = clusterer, share, factors
-
-    def fit(
-        self,
-        profiles: Tensor,
-        num_clusters: int,
-        init_labels: Tensor | None = None,
-        grid: tuple[int, ...] | None = None,
-    ) -> Tensor:
-        """Cluster each problem into as few clusters as will do, from a cold start; see `Clusterer.fit`."""
-        chosen = self.clusterer.fit(profiles, num_clusters, None, grid)
-        for factor in self.factors:
-            coarser = self.clusterer.fit(profiles, max(1, num_clusters // factor), None, grid)
-            will_do = explained_variance(profiles, coarser) >= self.share
-            chosen = torch.where(will_do[:, None], coarser, chosen)
-        return chosen

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
 from torch import nn
 
 from benchmarks.common.models import tell_channels
-from benchmarks.gain.controls import Blocks, Explained, MixedSizes, RandomStart, Shuffled
-from benchmarks.gain.settings import ClustersName, Settings
+from benchmarks.gain.controls import Blocks, Shuffled
+from benchmarks.gain.settings import Settings
 from lightning_dropcluster import REGULARIZERS, DropCluster, StructuredDropout
-from lightning_dropcluster.clustering import Clusterer, FaissKMeans, Ward
+from lightning_dropcluster.clustering import Clusterer, FaissKMeans
 
 UNHOOKED = ("none", "drop_path")
 WITH_BLOCKS = ("drop_block", "prob_drop_block", "corr_drop")
+
+# Settings that callbacks take under the same name; a new option of theirs belongs here and in `Settings`.
+OF_BOTH = ("start", "schedule")
+OF_DROP_CLUSTER = ("cluster_size", "scope", "every_n_epochs", "num_samples", "per_sample", "seed")
 
 
 def build_callback(settings: Settings, model: nn.Module, **changes: Any) -> pl.Callback | None:
@@ -33,47 +36,28 @@ def build_callback(settings: Settings, model: nn.Module, **changes: Any) -> pl.C
         return None
     first = next((name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), "**")
     layers = f"model.{first}" if settings.layers is None else settings.layers
-    options: dict[str, Any]
-    common: dict[str, Any] = {
-        "start": settings.start,
-        "schedule": settings.schedule,
-        "layer_types": nn.Module if settings.any_layer else None,
-    }
+    common = {**_named(settings, OF_BOTH), "layer_types": nn.Module if settings.any_layer else None}
+    paired = {"paired": settings.pair_weight > 0}
     if settings.regularizer == "dropcluster":
-        options = {**common, **_cluster_options(settings), **changes}
-        return DropCluster(layers, settings.drop_prob, **options)
+        own = {**_named(settings, OF_DROP_CLUSTER), **paired, "clusterer": _clusterer(settings)}
+        return DropCluster(layers, settings.drop_prob, **{**common, **own, **changes})
     if settings.regularizer == "advanced_dropout":  # learns what others are told, and is made layer by layer
         tell_channels(model)
         return StructuredDropout(layers, settings.regularizer, **{**common, "schedule": None})
-    options = {"paired": settings.pair_weight > 0}
-    if settings.regularizer in WITH_BLOCKS:
-        options["block_size"] = settings.block_size
-    regularizer = REGULARIZERS[settings.regularizer](settings.drop_prob, **options)
+    blocks = {"block_size": settings.block_size} if settings.regularizer in WITH_BLOCKS else {}
+    regularizer = REGULARIZERS[settings.regularizer](settings.drop_prob, **paired, **blocks)
     return StructuredDropout(layers, regularizer, **common)
 
 
-def _cluster_options(settings: Settings) -> dict[str, Any]:
-    return {
-        "cluster_size": settings.cluster_size,
-        "scope": settings.scope,
-        "every_n_epochs": settings.every_n_epochs,
-        "num_samples": settings.num_samples,
-        "per_sample": settings.per_sample,
-        "paired": settings.pair_weight > 0,
-        "clusterer": _clusterer(settings),
-        "seed": settings.seed,
-    }
+def _named(settings: Settings, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in names}
 
 
 def _clusterer(settings: Settings) -> Clusterer:
-    seed = settings.seed
-    make: dict[ClustersName, Callable[[], Clusterer]] = {
-        "learned": lambda: FaissKMeans(seed=seed),
-        "shuffled": lambda: Shuffled(FaissKMeans(seed=seed), seed),
-        "blocks": Blocks,
-        "random-start": lambda: RandomStart(seed),
-        "ward": Ward,
-        "mixed-sizes": lambda: MixedSizes(FaissKMeans(seed=seed), seed),
-        "explained": lambda: Explained(FaissKMeans(seed=seed)),
+    learned = FaissKMeans(seed=settings.seed)
+    kinds: dict[str, Clusterer] = {
+        "learned": learned,
+        "shuffled": Shuffled(learned, settings.seed),
+        "blocks": Blocks(),
     }
-    return make[settings.clusters]()
+    return kinds[settings.clusters]

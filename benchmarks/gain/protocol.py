@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from benchmarks.gain.settings import Settings, arguments
 
 Record = dict[str, Any]
+STAGES = Path(__file__).with_name("stages")
 NO_MATTER = ("out", "plot", "progress_bar", "data_dir")
 """Settings that do not change what a run finds."""
+GONE = {"variant": "none"}
+"""Settings that only old records have, with the value that did what is done today."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,43 @@ class Stage:
             raise ValueError(f"methods must have the names in rounds and like, got none for {unknown}")
 
 
+def load_stage(name: str) -> Stage:
+    """Read a stage from its YAML file.
+
+    The file holds the fields of `Stage`, those of another stage that it `extends` (of `base` key by key), and
+    `dropping`: settings of every method that names a regularizer. A method's settings stand beside its
+    `grid` and `like`.
+
+    Args:
+        name: of a file in `stages/`, or the path of another one that ends in ".yaml".
+
+    Raises:
+        ValueError: if there is no such stage, or it contradicts itself.
+    """
+    listed = _read(name)
+    dropping = listed.pop("dropping", {})
+    methods = [_method(name, dict(given), dropping) for name, given in listed.pop("methods").items()]
+    rounds = [(part["seeds"], part["methods"]) for part in listed.pop("rounds")]
+    return Stage(base=Settings(**listed.pop("base")), methods=methods, rounds=rounds, **listed)
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = Path(name) if name.endswith(".yaml") else STAGES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in STAGES.glob("*.yaml")))
+        raise ValueError(f"stage must be a YAML file or one of {known}, got {name!r}")
+    listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "extends" not in listed:
+        return listed
+    parent = _read(listed.pop("extends"))
+    return {**parent, **listed, "base": {**parent["base"], **listed.get("base", {})}}
+
+
+def _method(name: str, given: dict[str, Any], dropping: dict[str, Any]) -> Method:
+    grid, like = given.pop("grid", ()), given.pop("like", None)
+    return Method(name, {**dropping, **given} if "regularizer" in given else given, grid, like)
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run of a comparison, "tuning" or "final"."""
@@ -89,7 +132,7 @@ def key(listed: dict[str, Any]) -> str:
 
     A record stays good when a setting is added whose default does what was done before.
     """
-    usual = arguments(Settings())
+    usual = {**arguments(Settings()), **GONE}
     unusual = {k: v for k, v in listed.items() if k not in NO_MATTER and not (k in usual and usual[k] == v)}
     if "weights" in unusual:
         unusual["weights"] = "trained"  # the same ones, downloaded or from a file

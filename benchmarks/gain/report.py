@@ -2,81 +2,38 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isnan, nan
+from math import ceil, inf, isfinite
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.common.record import parse
+import pandas as pd
+from jsonargparse import auto_cli
+from scipy import stats
+
 from benchmarks.gain.compare import read_records
-from benchmarks.gain.paired import Estimate, difference, estimate
-from benchmarks.gain.protocol import Record, Stage, choose, final_runs, key, tuning_runs
-from benchmarks.gain.stages import STAGES, StageName
+from benchmarks.gain.protocol import Record, Stage, choose, final_runs, key, load_stage, tuning_runs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Values = dict[str, dict[int, float]]
-"""Method to seed to value."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A number of a run, `None` where the run has none, and how to print it."""
-
-    name: str
-    read: Callable[[Record], float | None]
-    factor: float
-    digits: int
-
-
-def corrupted(record: Record, score: str) -> float:
-    """Average a score over corruptions and severities: the plain mean, without a reference network."""
-    return fmean(number(value) for scores in record["corrupted"].values() for value in scores[score])
-
-
-def scaled(record: Record, score: str) -> float | None:
-    """Read a score after temperature scaling."""
-    return number(record["scaled"][score]) if record.get("scaled") else None
-
-
-def number(score: float | None) -> float:
-    """Read a score of a record: NaN where it was not finite."""
-    return nan if score is None else score
-
-
-METRICS = (
-    Metric("accuracy %", lambda r: number(r["accuracy"]), 100, 2),
-    Metric("NLL", lambda r: number(r["nll"]), 1, 3),
-    Metric("ECE %", lambda r: number(r["ece"]), 100, 2),
-    Metric("corrupted accuracy %", lambda r: corrupted(r, "accuracy"), 100, 2),
-    Metric("corrupted NLL", lambda r: corrupted(r, "nll"), 1, 3),
-    Metric("corrupted ECE %", lambda r: corrupted(r, "ece"), 100, 2),
-)
-SCALED = (
-    Metric("temperature", lambda r: scaled(r, "temperature"), 1, 2),
-    Metric("scaled NLL", lambda r: scaled(r, "nll"), 1, 3),
-    Metric("scaled ECE %", lambda r: scaled(r, "ece"), 100, 2),
-)
-
 
 @dataclass(frozen=True)
 class Options:
-    """What a report lets you choose.
+    """Report a comparison: Markdown tables and a picture, with 95 % intervals over seeds.
 
     Args:
         records: JSON-lines file that `compare.py` wrote.
-        stage: whose runs to report.
+        stage: whose runs to report; see `compare.py`.
         against: method that all others are set against; by default the first of the stage is set against all.
         seeds: leave out seeds from this number on, to set methods with few seeds beside those with more.
         plot: PNG file for the picture.
     """
 
     records: str = "compare.jsonl"
-    stage: StageName = "quick"
+    stage: str = "quick"
     against: str | None = None
     seeds: int | None = None
     plot: str | None = None
@@ -84,13 +41,13 @@ class Options:
 
 def main(options: Options) -> None:
     """Print the tables, and draw the picture on request."""
-    stage, records = STAGES[options.stage], read_records(options.records)
+    stage, records = load_stage(options.stage), read_records(options.records)
     if options.seeds is not None:
         stage = with_seeds_below(options.seeds, stage)
-    print("\n".join(markdown(stage, records, options.against)))
+    print("\n\n".join(tables(stage, records, options.against)))
     if options.plot is not None:
         Path(options.plot).parent.mkdir(parents=True, exist_ok=True)
-        draw(stage, records).savefig(options.plot)
+        draw(collect(stage, records)).savefig(options.plot)
 
 
 def with_seeds_below(most: int, stage: Stage) -> Stage:
@@ -98,42 +55,106 @@ def with_seeds_below(most: int, stage: Stage) -> Stage:
     return replace(stage, rounds=[([s for s in seeds if s < most], names) for seeds, names in stage.rounds])
 
 
-def collect(stage: Stage, records: Sequence[Record], metric: Metric) -> Values:
-    """Read a metric of the stage's final runs, as far as they have finished."""
+def tables(stage: Stage, records: Sequence[Record], against: str | None = None) -> list[str]:
+    """Write the tables in Markdown: tuning, where there was any, means over seeds, and paired differences."""
+    runs = collect(stage, records)
+    found = [tuning(stage, records), means(runs), differences(runs, compared(stage, against))]
+    return [table.to_markdown(index=False, disable_numparse=True) for table in found if len(table)]
+
+
+def collect(stage: Stage, records: Sequence[Record]) -> pd.DataFrame:
+    """List the stage's final runs, as far as they have finished: method, seed and scores."""
     found = {key(record["arguments"]): record for record in records}
-    values: Values = {method.name: {} for method in stage.methods}
-    for run in final_runs(stage, records):
-        score = metric.read(found[run.key]) if run.key in found else None
-        if score is not None:
-            values[run.method][run.settings.seed] = metric.factor * score
-    return {method: by_seed for method, by_seed in values.items() if by_seed}
+    runs = [run for run in final_runs(stage, records) if run.key in found]
+    frame = pd.DataFrame(
+        [{"method": run.method, "seed": run.settings.seed, **scores(found[run.key])} for run in runs]
+    )
+    frame["method"] = pd.Categorical(frame["method"], [method.name for method in stage.methods])
+    return frame
 
 
-def markdown(stage: Stage, records: Sequence[Record], against: str | None = None) -> Iterator[str]:
-    """Yield the lines of three tables: tuning, means over seeds, and differences paired by seed."""
-    if tuning_runs(stage):
-        yield from tuning_table(stage, records)
-        yield ""
-    columns = {metric: collect(stage, records, metric) for metric in metrics(stage)}
-    yield from _header("method", "seeds", *(metric.name for metric in columns))
-    for method, by_seed in columns[METRICS[0]].items():
-        scores = {metric: list(of.get(method, {}).values()) for metric, of in columns.items()}
-        cells = [_cell(estimate(of) if of else None, metric.digits) for metric, of in scores.items()]
-        yield _row(method, str(len(by_seed)), *cells)
-    yield ""
-    yield from _header("difference", "pairs", *(metric.name for metric in columns))
-    for method, less in compared(stage, against):
-        pairs = {m: difference(of.get(method, {}), of.get(less, {})) for m, of in columns.items()}
-        cells = [_cell(pair, metric.digits, signed=True) for metric, pair in pairs.items()]
-        if count := max(pair.count if pair else 0 for pair in pairs.values()):
-            yield _row(f"{method} less {less}", str(count), *cells)
+def scores(record: Record) -> dict[str, float]:
+    """List the scores of a run; corrupted ones are plain means over corruptions and severities."""
+    found = _named("", record)
+    if record["corrupted"]:
+        each = list(record["corrupted"].values())
+        found |= _named("corrupted ", {name: _mean(part[name] for part in each) for name in each[0]})
+    if scaled := record.get("scaled"):
+        found |= {"temperature": scaled["temperature"], **_named("scaled ", scaled)}
+        del found["scaled accuracy %"]  # a temperature does not change it
+    return found
 
 
-def metrics(stage: Stage) -> tuple[Metric, ...]:
-    """List the numbers that the stage's final runs have."""
-    has_corrupted = stage.base.corrupted_samples > 0 and not stage.explores
-    has_scaled = stage.base.calibration_samples > 0 and not stage.explores
-    return (*METRICS[:3], *(METRICS[3:] if has_corrupted else ()), *(SCALED if has_scaled else ()))
+def _named(prefix: str, given: Mapping[str, Any]) -> dict[str, float]:
+    accuracy, nll, ece = (_finite(given[name]) for name in ("accuracy", "nll", "ece"))
+    return {f"{prefix}accuracy %": 100 * accuracy, f"{prefix}NLL": nll, f"{prefix}ECE %": 100 * ece}
+
+
+def _mean(lists: Iterable[list[float | None]]) -> float:
+    return fmean(_finite(value) for values in lists for value in values)
+
+
+def _finite(score: float | None) -> float:
+    """A score that was not finite is `None` in records, and infinite here."""
+    return inf if score is None else score
+
+
+def tuning(stage: Stage, records: Sequence[Record]) -> pd.DataFrame:
+    """List the tuning runs, the chosen ones marked."""
+    found, chosen = {key(record["arguments"]): record for record in records}, choose(stage, records)
+    grid = {method.name: iter(method.grid) for method in stage.methods}
+    rows = []
+    for run in sorted(tuning_runs(stage), key=lambda run: list(grid).index(run.method)):
+        change, record = next(grid[run.method]), found[run.key]
+        rows.append(
+            {
+                "method": run.method,
+                "setting": ", ".join(f"{name}={value}" for name, value in change.items()),
+                "validation accuracy %": f"{100 * record['accuracy']:.2f}",
+                "validation NLL": f"{_finite(record['nll']):.3f}",
+                "chosen": "yes" if change == chosen[run.method] else "",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def means(runs: pd.DataFrame) -> pd.DataFrame:
+    """Average the scores of each method over its seeds."""
+    groups = runs.drop(columns="seed").groupby("method", observed=True)
+    table = groups.agg(spell)
+    table.insert(0, "seeds", groups.size().astype(str))
+    return table.reset_index()
+
+
+def differences(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
+    """Average what scores of one method have more than another's, over the seeds that both have."""
+    by_method = {name: part.set_index("seed") for name, part in runs.groupby("method", observed=True)}
+    rows = []
+    for method, less in pairs:
+        if method not in by_method or less not in by_method:
+            continue
+        both = [by_method[name].drop(columns="method") for name in (method, less)]
+        difference = both[0].sub(both[1]).dropna(how="all")
+        if len(difference):
+            spelled = {name: spell(difference[name], sign="+") for name in difference}
+            rows.append({"difference": f"{method} less {less}", "pairs": str(len(difference)), **spelled})
+    return pd.DataFrame(rows)
+
+
+def spell(values: pd.Series, sign: str = "") -> str:
+    """Write the mean of some values with Student's 95 % interval; one value has none."""
+    values, digits = values.dropna(), 3 if "NLL" in str(values.name) else 2
+    if values.empty:
+        return "-"
+    if not isfinite(values.mean()):
+        return "diverged"
+    width = f" ± {reach(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}.{digits}f}{width}"
+
+
+def reach(values: pd.Series, level: float = 0.95) -> float:
+    """Return half the width of the interval of Student's t around a mean."""
+    return float(stats.t.ppf((1 + level) / 2, len(values) - 1) * values.sem())
 
 
 def compared(stage: Stage, against: str | None = None) -> list[tuple[str, str]]:
@@ -157,58 +178,25 @@ def compared(stage: Stage, against: str | None = None) -> list[tuple[str, str]]:
     return [*controls, *(pair for pair in others if pair not in controls)]
 
 
-def tuning_table(stage: Stage, records: Sequence[Record]) -> Iterator[str]:
-    """Yield the lines of the table of tuning runs, the chosen ones marked."""
-    found, chosen = {key(record["arguments"]): record for record in records}, choose(stage, records)
-    yield from _header("method", "setting", "validation accuracy %", "validation NLL", "chosen")
-    grid = {method.name: iter(method.grid) for method in stage.methods}
-    for run in sorted(tuning_runs(stage), key=lambda run: list(grid).index(run.method)):
-        change, record = next(grid[run.method]), found[run.key]
-        setting = ", ".join(f"{name}={value}" for name, value in change.items())
-        mark = "yes" if change == chosen[run.method] else ""
-        yield _row(
-            run.method, setting, f"{100 * record['accuracy']:.2f}", f"{number(record['nll']):.3f}", mark
-        )
-
-
-def draw(stage: Stage, records: Sequence[Record]) -> Figure:
-    """Draw each metric in a panel: a method a row, a dot per seed, the mean with its 95 % interval."""
+def draw(runs: pd.DataFrame) -> Figure:
+    """Draw each score in a panel: a method a row, a dot per seed, the mean with its 95 % interval."""
     from matplotlib.figure import Figure
 
-    columns = {metric: collect(stage, records, metric) for metric in metrics(stage)}
-    methods, rows = list(columns[METRICS[0]]), len(columns) // 3
+    names = [name for name in runs.columns if name not in ("method", "seed")]
+    methods, rows = list(runs["method"].unique().sort_values()), ceil(len(names) / 3)
     figure = Figure(figsize=(12, 1 + rows * (0.5 + 0.35 * len(methods))), layout="constrained")
     axes = figure.subplots(rows, 3, sharey=True, squeeze=False)
-    for axis, metric in zip(axes.flat, columns, strict=True):
+    for axis, name in zip(axes.flat, names, strict=False):
         for row, method in enumerate(methods):
-            values = list(columns[metric].get(method, {}).values())
-            if not values:
-                continue
-            mean = estimate(values)
-            axis.plot(values, [row] * len(values), ".", color="0.7", zorder=1)
-            axis.errorbar(mean.mean, row, xerr=mean.high - mean.mean, fmt="o", color="C0", capsize=3)
-        axis.set(title=metric.name, yticks=range(len(methods)), yticklabels=methods)
+            values = runs.loc[runs["method"] == method, name].dropna()
+            if len(values) and isfinite(values.mean()):
+                axis.plot(values, [row] * len(values), ".", color="0.7", zorder=1)
+                width = reach(values) if len(values) > 1 else None
+                axis.errorbar(values.mean(), row, xerr=width, fmt="o", color="C0", capsize=3)
+        axis.set(title=name, yticks=range(len(methods)), yticklabels=methods)
     axes[0, 0].invert_yaxis()
     return figure
 
 
-def _cell(value: Estimate | None, digits: int, *, signed: bool = False) -> str:
-    if value is None:
-        return "-"
-    if isnan(value.mean):
-        return "diverged"
-    sign = "+" if signed else ""
-    width = f" ± {value.high - value.mean:.{digits}f}" if value.count > 1 else ""
-    return f"{value.mean:{sign}.{digits}f}{width}"
-
-
-def _header(*names: str) -> Iterable[str]:
-    return _row(*names), "|" + "---|" * len(names)
-
-
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 if __name__ == "__main__":
-    sys.exit(main(parse(Options, __doc__)))
+    main(auto_cli(Options, as_positional=False))

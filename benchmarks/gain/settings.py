@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.common.data import DataName
-from benchmarks.gain.variants import VariantName
 
 RegularizerName = Literal[
     "none",
@@ -21,7 +20,7 @@ RegularizerName = Literal[
     "advanced_dropout",
     "drop_path",
 ]
-ClustersName = Literal["learned", "shuffled", "blocks", "random-start", "ward", "mixed-sizes", "explained"]
+ClustersName = Literal["learned", "shuffled", "blocks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +59,7 @@ class Settings:
         pair_weight: above 0, train by R-Block: on each batch and a copy of it from which other features are
             dropped, with this weight of their disagreement.
         clusters: of "dropcluster": "learned"; as controls "shuffled", sizes as learned but members drawn at
-            random, and "blocks", fixed squares; "random-start", by k-means from random features, not from
-            squares, and to the end; "ward", connected ones; as ideas "mixed-sizes" and "explained", see
-            `clusterers.py`.
-        variant: of "dropcluster": another part in place of the package's own, see `variants.py`.
+            random, and "blocks", fixed squares; see `controls.py`.
         cluster_size: mean number of features per cluster.
         scope: what is grouped: features within each "map", "position"s, whole "channel"s, or the "layer".
         every_n_epochs: epochs between two clusterings; 0 to keep the first.
@@ -102,7 +98,6 @@ class Settings:
     block_size: int = 7
     pair_weight: float = 0.0
     clusters: ClustersName = "learned"
-    variant: VariantName = "none"
     cluster_size: int | float | None = None
     scope: Literal["map", "position", "layer", "channel"] = "map"
     every_n_epochs: int = 5
@@ -121,20 +116,20 @@ class Settings:
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be above 0, got {self.lr}")
-        if self.regularizer_lr is not None and not 0 < self.regularizer_lr < math.inf:
-            raise ValueError(f"regularizer_lr must be above 0, got {self.regularizer_lr}")
-        if not 0 <= self.pair_weight < math.inf:
-            raise ValueError(f"pair_weight must be at least 0, got {self.pair_weight}")
-        if self.corrupted_samples < 0:
-            raise ValueError(f"corrupted_samples must be at least 0, got {self.corrupted_samples}")
-        if self.calibration_samples < 0:
-            raise ValueError(f"calibration_samples must be at least 0, got {self.calibration_samples}")
+        for name in ("epochs", "batch_size"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("lr", "regularizer_lr"):
+            value = getattr(self, name)
+            _check(self, name, value is None or 0 < value < math.inf, "above 0")
+        for name in ("pair_weight", "corrupted_samples", "calibration_samples"):
+            _check(self, name, 0 <= getattr(self, name) < math.inf, "at least 0")
         if self.plot is not None and self.regularizer != "dropcluster":
             raise ValueError(f"plot must be None unless regularizer is 'dropcluster', got {self.plot!r}")
+
+
+def _check(settings: Settings, name: str, holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {rule}, got {getattr(settings, name)}")
 
 
 def arguments(settings: Settings) -> dict[str, Any]:

@@ -1,20 +1,24 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import yaml
+from jsonargparse import auto_cli
 from scipy import stats
 
-from benchmarks.common.record import parse
 from benchmarks.gain import compare
-from benchmarks.gain.compare import Options, main, read_records, remaining, words
-from benchmarks.gain.paired import difference, estimate
-from benchmarks.gain.protocol import Method, Stage, choose, final_runs, tuning_runs
-from benchmarks.gain.report import METRICS, collect, compared, draw, markdown, with_seeds_below
+from benchmarks.gain.compare import Options, changes, main, read_records, remaining
+from benchmarks.gain.protocol import STAGES, Method, Stage, choose, final_runs, load_stage, tuning_runs
 from benchmarks.gain.report import Options as ReportOptions
+from benchmarks.gain.report import collect, compared, differences, draw, spell, tables, with_seeds_below
 from benchmarks.gain.report import main as report_main
 from benchmarks.gain.settings import Settings, arguments
-from benchmarks.gain.stages import STAGES
+
+NAMES = sorted(path.stem for path in STAGES.glob("*.yaml"))
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
 BASE = Settings(
     model="test_resnet.r160_in1k",
@@ -120,7 +124,9 @@ def test_a_record_outlives_a_new_setting():
     record = fake_record(run)
     del record["arguments"]["any_layer"]  # as if written before there was one
     assert remaining([run], [record]) == []
-    record["arguments"]["gone"] = 3
+    record["arguments"]["variant"] = "none"  # as if written when there were variants
+    assert remaining([run], [record]) == []
+    record["arguments"]["variant"] = "noise"
     assert remaining([run], [record]) == [run]
 
 
@@ -141,42 +147,78 @@ def test_bad_stages(change, message):
         replace(STAGE, **change)
 
 
-def test_every_stage_has_its_first_final_runs_in_pairs():
-    for stage in STAGES.values():
-        first, second = [
-            run.settings.seed for run in final_runs(stage, [fake_record(r) for r in tuning_runs(stage)])
-        ][:2]
-        assert first == second
+@pytest.mark.parametrize("name", NAMES)
+def test_every_stage_has_its_first_final_runs_in_pairs(name):
+    stage = load_stage(name)
+    records = [fake_record(run) for run in tuning_runs(stage)]
+    first, second = [run.settings.seed for run in final_runs(stage, records)][:2]
+    assert first == second
 
 
-def test_words_are_read_back_as_the_settings():
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "quick"])
+def test_every_table_is_found_again_in_the_records(name):
+    records = read_records(str(RESULTS / "compare_cpu.jsonl"))
+    found = "\n\n".join(tables(load_stage(name), records))
+    assert found + "\n" == (RESULTS / f"compare_{name.replace('-', '_')}.md").read_text()
+
+
+def test_stages_extend_one_another(tmp_path):
+    child = {"extends": "blocks-1000", "base": {"train_samples": 7}, "dropping": {"layers": "x"}}
+    child["methods"] = {"none": {}, "one": {"regularizer": "dropout"}}
+    child["rounds"] = [{"seeds": [0], "methods": ["one"]}]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(child))
+    stage, parent = load_stage(str(tmp_path / "mine.yaml")), load_stage("blocks-1000")
+    assert stage.base == replace(parent.base, train_samples=7)
+    assert stage.tuning_seed == parent.tuning_seed
+    assert [m.fixed for m in stage.methods] == [{}, {"layers": "x", "regularizer": "dropout"}]
+
+
+def test_unknown_stages():
+    with pytest.raises(ValueError, match=r"stage must be a YAML file or one of .*quick.*, got 'stem-9'"):
+        load_stage("stem-9")
+
+
+def test_changed_settings_are_read_back():
     settings = replace(BASE, layers=["conv1", "layer1.0.conv1"], any_layer=True, data="digits", start=0.5)
-    assert parse(Settings, None, words(settings)) == settings
+    args = ["--config", json.dumps(changes(settings))]
+    assert auto_cli(Settings, as_positional=False, args=args) == settings
 
 
-def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch, capsys):
-    dropped = replace(METHODS[0], grid=({"drop_prob": 0.1},))
-    small = replace(STAGE, methods=(dropped,), rounds=(((0, 1), ("dropped",)),))
-    monkeypatch.setitem(STAGES, "quick", small)
-    options = Options(out=str(tmp_path / "new" / "runs.jsonl"), jobs=2)
+@pytest.fixture
+def small(tmp_path):
+    """A stage in a file of its own, with a single setting to choose from."""
+    dropped = {"regularizer": "dropout", "grid": [{"drop_prob": 0.1}]}
+    stage = {"base": changes(BASE), "methods": {"dropped": dropped}, "tuning_seed": 9}
+    stage |= {"validation_samples": 20, "rounds": [{"seeds": [0, 1], "methods": ["dropped"]}]}
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(stage))
+    return str(path)
+
+
+def test_a_finished_run_is_not_run_again(small, tmp_path, monkeypatch, capsys):
+    options = Options(stage=small, out=str(tmp_path / "new" / "runs.jsonl"), jobs=2)
     assert main(replace(options, dry_run=True)) == 1
     assert main(options) == 0
     records = read_records(options.out)
-    assert [record["phase"] for record in records] == ["tuning", "final", "final"]
+    assert [(record["stage"], record["phase"]) for record in records] == [
+        ("small", "tuning"),
+        ("small", "final"),
+        ("small", "final"),
+    ]
     assert [record["split"] for record in records] == ["validation", "test", "test"]
     assert [len(record["corrupted"]) for record in records] == [0, 8, 8]
     monkeypatch.setattr(compare, "attempt", lambda *args, **kwargs: pytest.fail("ran again"))
     assert main(options) == 0
     capsys.readouterr()
-    report_main(ReportOptions(records=options.out, plot=str(tmp_path / "plots" / "runs.png")))
-    assert "| dropped | 2 |" in capsys.readouterr().out
-    assert (tmp_path / "plots" / "runs.png").read_bytes().startswith(b"\x89PNG")
+    plot = tmp_path / "plots" / "runs.png"
+    report_main(ReportOptions(records=options.out, stage=small, plot=str(plot)))
+    assert "| dropped  | 2 " in capsys.readouterr().out
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_failed_run_is_missing_and_tells_why(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(STAGES, "quick", STAGE)
-    options = Options(out=str(tmp_path / "runs.jsonl"), launcher="sh -c 'echo broken >&2; exit 3'")
-    assert main(options) == 2
+def test_a_failed_run_is_missing_and_tells_why(small, tmp_path, monkeypatch, capsys):
+    options = Options(stage=small, out=str(tmp_path / "r.jsonl"), launcher="sh -c 'echo broken >&2; exit 3'")
+    assert main(options) == 1
     assert "broken" in capsys.readouterr().err
     assert read_records(options.out) == []
 
@@ -188,23 +230,27 @@ def test_bad_options(name):
 
 
 def test_intervals_agree_with_scipy():
-    rng = np.random.default_rng(0)
-    one, two = (dict(enumerate(rng.normal(size=8).tolist())) for _ in range(2))
-    test = stats.ttest_rel(list(one.values()), list(two.values()))
-    found, expected = difference(one, two), test.confidence_interval()
-    assert found is not None
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-    alone = stats.ttest_1samp(list(one.values()), 0).confidence_interval(0.9)
-    mine = estimate(list(one.values()), level=0.9)
-    assert (mine.low, mine.high, mine.count) == (pytest.approx(alone.low), pytest.approx(alone.high), 8)
+    one, two = np.random.default_rng(0).normal(size=(2, 8))
+    mean, low = stats.ttest_rel(one, two), stats.ttest_rel(one, two).confidence_interval().low
+    difference = pd.Series(one - two, name="NLL")
+    assert mean.df == 7
+    assert spell(difference) == f"{difference.mean():.3f} ± {difference.mean() - low:.3f}"
+    assert spell(difference[:1]) == f"{difference[0]:.3f}"
 
 
 def test_differences_pair_by_seed():
-    found = difference({1: 5.0, 2: 7.0, 3: 100.0}, {2: 6.0, 1: 3.0, 4: -100.0})
-    assert found is not None
-    assert (found.mean, found.count) == (1.5, 2)
-    assert difference({1: 1.0}, {2: 1.0}) is None
-    assert estimate([2.0]).low == 2.0
+    rows = [("a", 1, 5.0), ("a", 2, 7.0), ("a", 3, 100.0), ("b", 2, 6.0), ("b", 1, 3.0), ("b", 4, -100.0)]
+    runs = pd.DataFrame([*rows, ("c", 9, 1.0)], columns=["method", "seed", "NLL"])
+    found = differences(runs, [("a", "b"), ("a", "c"), ("a", "nobody")])
+    assert found["difference"].tolist() == ["a less b"]
+    assert found["pairs"].tolist() == ["2"]
+    assert found["NLL"][0].startswith("+1.500 ± ")
+
+
+def cells(stage, records, against=None):
+    """Split all rows of the tables into cells."""
+    lines = "\n".join(tables(stage, records, against)).splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_reports_state_means_and_differences():
@@ -218,19 +264,15 @@ def test_reports_state_means_and_differences():
     }
     for run in final_runs(STAGE, TUNED):
         records.append(fake_record(run, accuracy[run.method, run.settings.seed]))
-    assert collect(STAGE, records, METRICS[0])["dropped"] == {0: 70.0, 1: 80.0}
-    lines = list(markdown(STAGE, records))
-    reach = stats.t.ppf(0.975, 1) * 5
-    assert lines[2:4] == [
-        "| dropped | drop_prob=0.1 | 50.00 | 2.000 |  |",
-        "| dropped | drop_prob=0.5 | 50.00 | 1.000 | yes |",
+    reach, rows = stats.t.ppf(0.975, 1) * 5, cells(STAGE, records)
+    assert rows[2:4] == [
+        ["dropped", "drop_prob=0.1", "50.00", "2.000", ""],
+        ["dropped", "drop_prob=0.5", "50.00", "1.000", "yes"],
     ]
-    assert any(line.startswith(f"| dropped | 2 | 75.00 ± {reach:.2f} |") for line in lines)
-    assert any(
-        line.startswith(f"| dropped less control | 2 | +15.00 ± {reach:.2f} | +0.000 ± 0.000 |")
-        for line in lines
-    )
-    assert any(line.startswith("| dropped less none | 1 | +20.00 | +0.000 |") for line in lines)
+    assert ["dropped", "2", f"75.00 ± {reach:.2f}"] in [row[:3] for row in rows]
+    paired = ["dropped less control", "2", f"+15.00 ± {reach:.2f}", "+0.000 ± 0.000"]
+    assert paired in [row[:4] for row in rows]
+    assert ["dropped less none", "1", "+20.00", "+0.000"] in [row[:4] for row in rows]
 
 
 def test_lines_are_json(tmp_path):
@@ -253,23 +295,20 @@ def test_reports_leave_out_seeds_from_a_number_on():
 
 
 def test_a_run_that_diverged_is_reported_as_such():
-    scores = {"accuracy": 0.1, "nll": None, "ece": None}
-    corrupted = {"a": {key: [0.1, value] for key, value in scores.items()}}
-    records = [*TUNED[:1], {**TUNED[1], **scores}]
-    records += [{**fake_record(run), **scores, "corrupted": corrupted} for run in final_runs(STAGE, records)]
-    rows = [line.split(" | ") for line in markdown(STAGE, records)]
-    assert ["| dropped", "drop_prob=0.5", "10.00", "nan", " |"] in [row[:5] for row in rows]
-    assert [row[2:5] for row in rows if row[:2] == ["| dropped", "2"]] == [
-        ["10.00 ± 0.00", "diverged", "diverged"]
-    ]
-    draw(STAGE, records)
+    lost = {"accuracy": 0.1, "nll": None, "ece": None}
+    corrupted = {"a": {key: [0.1, value] for key, value in lost.items()}}
+    records = [*TUNED[:1], {**TUNED[1], **lost}]
+    records += [{**fake_record(run), **lost, "corrupted": corrupted} for run in final_runs(STAGE, records)]
+    rows = cells(STAGE, records)
+    assert ["dropped", "drop_prob=0.5", "10.00", "inf", ""] in rows
+    assert ["dropped", "2", "10.00 ± 0.00", "diverged", "diverged"] in [row[:5] for row in rows]
+    draw(collect(STAGE, records))
 
 
 def test_scores_that_a_run_lacks_are_left_blank():
-    stage = replace(STAGE, base=replace(STAGE.base, calibration_samples=8))
-    records = [*TUNED, *map(fake_record, final_runs(stage, TUNED))]
-    records[-1]["scaled"] = {"temperature": 1.5, "nll": 1.0, "ece": 0.1}
-    rows = [line.strip("| ").split(" | ") for line in markdown(stage, records)]
-    assert sum(row[-3:] == ["1.50", "1.000", "10.00"] for row in rows) == 1
+    records = [*TUNED, *map(fake_record, final_runs(STAGE, TUNED))]
+    records[-1]["scaled"] = {"temperature": 1.5, "accuracy": 0.5, "nll": 1.0, "ece": 0.1}
+    rows = cells(STAGE, records)
+    assert ["1.50", "1.000", "10.00"] in [row[-3:] for row in rows]
     assert any(row[0] == "dropped" and row[-3:] == ["-", "-", "-"] for row in rows)
-    draw(stage, records)
+    draw(collect(STAGE, records))

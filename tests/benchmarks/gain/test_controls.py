@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from benchmarks.common.inertia import explained_variance
-from benchmarks.gain.controls import Blocks, Explained, MixedSizes, RandomStart, Shuffled
+from benchmarks.gain.controls import Blocks, RandomStart, Shuffled
 from lightning_dropcluster import FaissKMeans
 
 PROFILES = torch.nn.functional.normalize(
@@ -45,26 +44,3 @@ def test_a_random_start_knows_nothing_of_the_grid():
     profiles = PROFILES[:, :16]
     assert torch.equal(RandomStart().fit(profiles, 4, grid=(4, 4)), RandomStart().fit(profiles, 4))
     assert not torch.equal(RandomStart().fit(profiles, 4), FaissKMeans().fit(profiles, 4, grid=(4, 4)))
-
-
-def test_mixed_sizes_draws_a_number_of_clusters():
-    clusterer = MixedSizes(FaissKMeans(min_share=0.0), factors=(1, 2, 4))
-    counts = {len(clusterer.fit(PROFILES[:1], 8).unique()) for _ in range(20)}
-    assert counts == {8, 4, 2}
-
-
-def test_explained_takes_the_fewest_clusters_that_will_do():
-    alike = torch.eye(8).repeat_interleave(4, 0)[None]  # 8 groups of 4 equal items
-    labels = Explained(FaissKMeans(), share=0.99, factors=(2, 4)).fit(alike, 16)
-    assert len(labels.unique()) == 8
-    assert explained_variance(alike, labels).item() == pytest.approx(1.0)
-
-
-def test_explained_variance_agrees_with_sklearn():
-    from sklearn.cluster import KMeans
-
-    points = PROFILES[0].numpy()
-    fit = KMeans(5, n_init=1, random_state=0).fit(points)
-    total = ((points - points.mean(0)) ** 2).sum()
-    found = explained_variance(PROFILES[:1], torch.from_numpy(fit.labels_)[None])
-    assert found.item() == pytest.approx(1 - fit.inertia_ / total, rel=1e-5)

@@ -11,17 +11,16 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonargparse import auto_cli
 
 from benchmarks.common.models import tell_channels
-from benchmarks.common.record import commit, device_name, parse, quiet, write_line
+from benchmarks.common.record import commit, device_name, quiet, write_line
 from benchmarks.demo import Demo
 from benchmarks.demo import main as demo_main
-from benchmarks.gain.controls import Explained, MixedSizes
 from benchmarks.gain.corruptions import CORRUPTIONS
 from benchmarks.gain.scoring import fit_temperature
 from benchmarks.gain.settings import ClustersName, RegularizerName
 from benchmarks.gain.train import Settings, build_batches, build_model, run
-from benchmarks.gain.variants import VariantName
 
 TRAIN = [sys.executable, "-m", "benchmarks.gain.train"]
 ROOT = Path(__file__).resolve().parents[3]
@@ -55,7 +54,7 @@ def test_the_last_line_of_the_script_is_the_record(tmp_path):
         TINY.model,
         "--epochs",
         "1",
-        "--batch-size",
+        "--batch_size",
         "16",
         "--out",
         str(out),
@@ -102,23 +101,12 @@ def test_a_learned_regularizer_has_a_rate_of_its_own():
     assert slow != same
 
 
-def test_every_kind_of_clusters_pairs_and_variants_train_otherwise():
-    # The ideas may find the usual clusters in noise; test_clusterers_script.py tells them apart.
-    kinds = [name for name in get_args(ClustersName) if name not in ("mixed-sizes", "explained")]
-    changes = [{"clusters": name} for name in kinds] + [{"pair_weight": 1.0}, {"per_sample": False}]
-    changes += [{"variant": name} for name in get_args(VariantName) if name != "none"]
+def test_every_kind_of_clusters_and_pairs_train_otherwise():
+    changes = [{"clusters": name} for name in get_args(ClustersName)]
+    changes += [{"pair_weight": 1.0}, {"per_sample": False}]
     found = [tuple(scores(run(replace(DROP, drop_prob=0.5, **change)))) for change in changes]
     assert len(set(found)) == len(changes)
     assert tuple(scores(run(replace(DROP, drop_prob=0.5, any_layer=True)))) == found[0]
-
-
-@pytest.mark.filterwarnings("ignore:.*is lowered to the number of distinct profiles")
-@pytest.mark.parametrize(("name", "kind"), [("mixed-sizes", MixedSizes), ("explained", Explained)])
-def test_ideas_for_clusters_are_asked_for_by_name(name, kind, monkeypatch):
-    asked, fit = [], kind.fit
-    monkeypatch.setattr(kind, "fit", lambda self, *args, **kw: asked.append(self) or fit(self, *args, **kw))
-    run(replace(DROP, clusters=name))
-    assert asked
 
 
 def test_validation_leaves_the_test_images_alone():
@@ -229,6 +217,7 @@ def test_unfit_models():
     ("change", "message"),
     [
         ({"epochs": 0}, r"epochs must be at least 1, got 0"),
+        ({"batch_size": 0}, r"batch_size must be at least 1, got 0"),
         ({"lr": 0.0}, r"lr must be above 0, got 0\.0"),
         ({"lr": float("nan")}, r"lr must be above 0, got nan"),
         ({"regularizer_lr": 0.0}, r"regularizer_lr must be above 0, got 0\.0"),
@@ -243,24 +232,14 @@ def test_bad_settings(change, message):
         Settings(**change)
 
 
-def test_the_command_line_spells_every_setting():
-    words = ["--layers", "layer[12].*.conv2", "--train-samples", "100", "--start", "3", "--no-progress-bar"]
-    settings = parse(Settings, None, words)
-    assert settings.layers == "layer[12].*.conv2"
-    assert settings.train_samples == 100
-    assert settings.start == 3
-    assert isinstance(settings.start, int)
-    assert settings.progress_bar is False
-    assert parse(Settings, None, ["--layers", "[conv1, layer1.0.conv1]"]).layers == [
-        "conv1",
-        "layer1.0.conv1",
-    ]
-    assert parse(Settings, None, ["--start", "0.5"]).start == 0.5
-
-
-def test_the_command_line_refuses_what_it_does_not_know(capsys):
+def test_the_command_line_keeps_whole_epochs_apart_from_fractions(capsys):
+    whole, fraction = (
+        auto_cli(Settings, as_positional=False, args=["--start", word]) for word in ["3", "0.5"]
+    )
+    assert (whole.start, fraction.start) == (3, 0.5)
+    assert isinstance(whole.start, int)
     with pytest.raises(SystemExit):
-        parse(Settings, None, ["--regularizer", "dropblock"])
+        auto_cli(Settings, as_positional=False, args=["--regularizer", "dropblock"])
     assert "dropcluster" in capsys.readouterr().err
 
 
