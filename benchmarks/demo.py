@@ -30,6 +30,7 @@ BASE = Settings(
     drop_prob=0.15,
     cluster_size=16,
     start=0.25,
+    clean_statistics=True,
     every_n_epochs=5,
     num_samples=300,
 )

@@ -25,7 +25,6 @@ from benchmarks.cost.activations import (
 )
 from benchmarks.cost.contenders import SKLEARN, OnSketches, by_ward, on_exact_profiles, recluster
 from benchmarks.cost.peak import added_memory
-from benchmarks.cost.stall import stall_records
 from benchmarks.cost.timing import Took, clock, usual_device
 from lightning_dropcluster.clustering import FaissKMeans, adjusted_rand_index
 from lightning_dropcluster.learning.sketch import Sketch
@@ -42,8 +41,7 @@ class Settings:
 
     Args:
         quick: the digits and two sizes, few samples and maps: a check that takes a minute.
-        part: layers of a "trained" network, "random" fields, the whole "model" ResNet-50, or
-            the "stall" of training; all by default.
+        part: layers of a "trained" network, "random" fields, or the whole "model" ResNet-50; all by default.
         model: a ResNet that timm knows, whose first layers are clustered.
         data: what it is trained on.
         data_dir: CIFAR-10 as a folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or a tar file of it.
@@ -57,7 +55,7 @@ class Settings:
     """
 
     quick: bool = False
-    part: Literal["all", "trained", "random", "model", "stall"] = "all"
+    part: Literal["all", "trained", "random", "model"] = "all"
     model: str = "small_resnet"
     data: DataName = "digits"
     data_dir: str | None = None
@@ -255,9 +253,6 @@ def main(settings: Settings) -> None:
         "trained": partial(trained_records, settings, device),
         "random": partial(random_records, settings, device),
         "model": partial(model_records, settings, device),
-        "stall": partial(
-            stall_records, settings.model, settings.train_samples or 1024, epochs=settings.epochs
-        ),
     }
     origin = provenance(device)
     for name, measure in parts.items():

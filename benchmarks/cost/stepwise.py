@@ -52,12 +52,17 @@ class Settings:
 
 
 class Weigh(pl.Callback):
-    """Weigh a callback's labels on exact profiles of the network as it is, after each late epoch."""
+    """Count a callback's reclusterings, and weigh its labels on exact profiles after each late epoch."""
 
     def __init__(self, watched: DropCluster, images: Tensor, layer: str) -> None:
         self.watched, self.images, self.layer = watched, images, layer
         self.ratios: list[float] = []
         self.agreements: list[float] = []
+        self.updates, self._seconds = 0, 0.0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.watched.recluster_seconds > self._seconds:
+            self.updates, self._seconds = self.updates + 1, self.watched.recluster_seconds
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if 2 * (trainer.current_epoch + 1) <= (trainer.max_epochs or 0):
@@ -87,8 +92,8 @@ def follow(settings: Settings, case: str, options: dict[str, Any]) -> dict[str, 
     trainer.fit(Classifier(network, lr=0.05, weight_decay=0.0), datamodule=module)
     return {
         "case": case,
-        "updates": callback._layers.windows_opened,
-        "samples_gathered": callback._layers.windows_opened * options["num_samples"],
+        "updates": weigh.updates,
+        "samples_gathered": weigh.updates * options["num_samples"],
         "recluster_s": round(callback.recluster_seconds, 3),
         "inertia_ratio": round(mean(weigh.ratios), 4),
         "agreement": round(mean(weigh.agreements), 4),

@@ -17,7 +17,7 @@ UNHOOKED = ("none", "drop_path")
 WITH_BLOCKS = ("drop_block", "prob_drop_block", "corr_drop")
 
 # Settings that callbacks take under the same name; a new option of theirs belongs here and in `Settings`.
-OF_BOTH = ("start", "schedule")
+OF_BOTH = ("start", "schedule", "clean_statistics")
 OF_DROP_CLUSTER = ("cluster_size", "scope", "every_n_epochs", "num_samples", "per_sample", "seed")
 
 

@@ -55,6 +55,8 @@ class Settings:
         drop_prob: drop probability at the end of training, in [0, 1).
         start: fraction of training (0.25) or epoch (40) from which something is dropped.
         schedule: how the drop probability grows from there to the end.
+        clean_statistics: let BatchNorm's running averages follow steps that drop nothing; off by default, as
+            in all runs from before there was a choice.
         block_size: side of the blocks of "drop_block", "prob_drop_block" and "corr_drop".
         pair_weight: above 0, train by R-Block: on each batch and a copy of it from which other features are
             dropped, with this weight of their disagreement.
@@ -95,6 +97,7 @@ class Settings:
     drop_prob: float = 0.15
     start: int | float = 0.25
     schedule: Literal["linear", "constant", "cosine"] = "linear"
+    clean_statistics: bool = False
     block_size: int = 7
     pair_weight: float = 0.0
     clusters: ClustersName = "learned"
