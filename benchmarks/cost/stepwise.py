@@ -60,7 +60,9 @@ class Weigh(pl.Callback):
         self.agreements: list[float] = []
         self.updates, self._seconds = 0, 0.0
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self.watched.recluster_seconds > self._seconds:
             self.updates, self._seconds = self.updates + 1, self.watched.recluster_seconds
 

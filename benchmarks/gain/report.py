@@ -136,7 +136,7 @@ def differences(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.Data
         both = [by_method[name].drop(columns="method") for name in (method, less)]
         difference = both[0].sub(both[1]).dropna(how="all")
         if len(difference):
-            spelled = {name: spell(difference[name], sign="+") for name in difference}
+            spelled = difference.apply(spell, sign="+")
             rows.append({"difference": f"{method} less {less}", "pairs": str(len(difference)), **spelled})
     return pd.DataFrame(rows)
 
@@ -183,17 +183,17 @@ def draw(runs: pd.DataFrame) -> Figure:
     from matplotlib.figure import Figure
 
     names = [name for name in runs.columns if name not in ("method", "seed")]
-    methods, rows = list(runs["method"].unique().sort_values()), ceil(len(names) / 3)
+    methods, rows = dict(list(runs.groupby("method", observed=True))), ceil(len(names) / 3)
     figure = Figure(figsize=(12, 1 + rows * (0.5 + 0.35 * len(methods))), layout="constrained")
     axes = figure.subplots(rows, 3, sharey=True, squeeze=False)
     for axis, name in zip(axes.flat, names, strict=False):
-        for row, method in enumerate(methods):
-            values = runs.loc[runs["method"] == method, name].dropna()
+        for row, part in enumerate(methods.values()):
+            values: Any = part[name].dropna()
             if len(values) and isfinite(values.mean()):
                 axis.plot(values, [row] * len(values), ".", color="0.7", zorder=1)
                 width = reach(values) if len(values) > 1 else None
                 axis.errorbar(values.mean(), row, xerr=width, fmt="o", color="C0", capsize=3)
-        axis.set(title=name, yticks=range(len(methods)), yticklabels=methods)
+        axis.set(title=name, yticks=range(len(methods)), yticklabels=list(methods))
     axes[0, 0].invert_yaxis()
     return figure
 
