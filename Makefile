@@ -23,7 +23,7 @@ help: ## Show this list
 
 .PHONY: demo
 demo: .venv/.installed ## Train a timm model on real images with the callback and draw its clusters
-	$(BIN)/python benchmarks/demo.py $(DEMO_ARGS)
+	$(BIN)/python -m benchmarks.demo $(DEMO_ARGS)
 
 .PHONY: test
 test: .venv/.installed ## Run all tests, with coverage; or those that PYTEST_ARGS chooses
@@ -48,8 +48,8 @@ format: .venv/.installed ## Put the code into the project's style
 
 .PHONY: bench
 bench: .venv/.installed ## Train with and without the callback on the digits; one JSON line each
-	$(BIN)/python benchmarks/train.py --regularizer none
-	$(BIN)/python benchmarks/train.py --regularizer dropcluster
+	$(BIN)/python -m benchmarks.gain.train --regularizer none
+	$(BIN)/python -m benchmarks.gain.train --regularizer dropcluster
 
 .PHONY: docs
 docs: .venv/.installed ## Build the documentation into site/; warnings are errors

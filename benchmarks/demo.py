@@ -10,13 +10,12 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
-
-from record import parse
+from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
-from settings import Settings
-from train import run
+
+from benchmarks.gain.settings import Settings
+from benchmarks.gain.train import run
 
 NUM_TEST = 500
 BASE = Settings(
@@ -31,6 +30,7 @@ BASE = Settings(
     drop_prob=0.15,
     cluster_size=16,
     start=0.25,
+    clean_statistics=True,
     every_n_epochs=5,
     num_samples=300,
 )
@@ -108,4 +108,4 @@ def closing(records: dict[str, dict[str, Any]], seconds: float) -> Iterator[str]
 
 
 if __name__ == "__main__":
-    main(parse(Demo, __doc__))
+    main(auto_cli(Demo, as_positional=False))

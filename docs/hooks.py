@@ -11,7 +11,14 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "benchmarks/evidence.md")
-LINKED = ("benchmarks/results/*", "benchmarks/*.py", "examples/*", "LICENSE", "CITATION.cff")
+LINKED = (
+    "benchmarks/results/*",
+    "benchmarks/**/*.py",
+    "benchmarks/**/*.yaml",
+    "examples/*",
+    "LICENSE",
+    "CITATION.cff",
+)
 ALL_OF = re.compile(r"^::: all of (\S+)$", re.MULTILINE)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 

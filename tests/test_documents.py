@@ -70,7 +70,7 @@ def check_command(program: str, *arguments: str) -> None:
     elif program in PROJECT["scripts"]:
         check_options(["-m", PROJECT["scripts"][program].partition(".")[0], arguments[0]], arguments[1:])
     elif program.endswith("python"):
-        check_options([str(ROOT / arguments[0])], arguments[1:])
+        check_options(list(arguments[:2]), arguments[2:])  # -m MODULE
     else:
         pytest.fail(f"no check for {program!r}")
 
@@ -89,7 +89,9 @@ def check_options(script: list[str], arguments: tuple[str, ...]) -> None:
 @cache
 def known_options(*script: str) -> set[str]:
     """Read what a script's help lists; starting one takes seconds, and documents name the same ones."""
-    shown = subprocess.run([sys.executable, *script, "--help"], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, *script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return {option.replace("_", "-") for option in re.findall(r"--[a-z_-]+", shown.stdout)}
 
 

@@ -1,0 +1,1 @@
+"""Images, models and records for all benchmarks."""

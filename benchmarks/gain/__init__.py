@@ -1,0 +1,1 @@
+"""Does dropping help: training, comparing, reporting."""
