@@ -132,7 +132,7 @@ def plot(
     """
     check_number("max_maps", max_maps, 1, integer=True)
     pixels = None if image is None else read_image(image)
-    histories = read_histories([Path(path) for path in checkpoints], match or ["**"])
+    histories = read_histories(checkpoints, match or ["**"])
     Path(output).mkdir(parents=True, exist_ok=True)
     for history in histories:
         print_history(history)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 
+import fsspec
 import pytest
 import torch
 from fits import Classifier, make_loader, make_trainer
@@ -237,6 +238,16 @@ def test_checkpoints_of_a_run_become_a_history(run, checkpoints, tmp_path):
                 assert getattr(picture, "n_frames", 1) == (3 if ending == "history.gif" else 1)
 
 
+def test_sharded_checkpoints_and_urls_are_drawn(run, checkpoints, tmp_path):
+    memory = fsspec.filesystem("memory")
+    for path in checkpoints.glob("*.ckpt"):
+        memory.pipe_file(f"/sharded/{path.name}/meta.pt", path.read_bytes())
+        memory.pipe_file(f"/sharded/{path.name}/__0_0.distcp", b"a shard")
+    out = run("plot", "memory://sharded", f"--output={tmp_path}", "--match=conv1", columns=200)
+    assert out == run("plot", str(checkpoints), f"--output={tmp_path}", "--match=conv1", columns=200)
+    memory.rm("/sharded", recursive=True)
+
+
 def test_what_cannot_be_drawn_is_said_in_one_line(capsys, checkpoints, tmp_path):
     torch.save({"callbacks": {}}, tmp_path / "empty.ckpt")
     (tmp_path / "text.ckpt").write_text("no checkpoint")
@@ -246,6 +257,7 @@ def test_what_cannot_be_drawn_is_said_in_one_line(capsys, checkpoints, tmp_path)
         ([str(tmp_path / "none.ckpt")], "No such file"),
         ([str(tmp_path / "empty.ckpt")], "no clusters of a DropCluster in "),
         ([str(tmp_path / "text.ckpt")], "text.ckpt: no checkpoint that torch loads with weights_only=True"),
+        (["memory://none.ckpt"], "memory://none.ckpt: No such file"),
         ([str(tmp_path / "folder")], r"no checkpoint \(\*.ckpt\) in the folder"),
         ([one, "--match", "conv2"], "match='conv2' picks none of the layers with clusters; nearest: model.l"),
         ([one, "--image", str(tmp_path / "text.ckpt")], "no image that Pillow reads"),
