@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_dropcluster.cli.tables import console
 from lightning_dropcluster.layers.patterns import matching_names, nearest_names
 from lightning_dropcluster.learning.checkpoints import SavedClusters, find_checkpoints, read_checkpoint
 from lightning_dropcluster.visualization import (
@@ -22,7 +23,7 @@ from lightning_dropcluster.visualization import (
     plot_sizes,
     save_animation,
 )
-from lightning_dropcluster.visualization.panels import headline
+from lightning_dropcluster.visualization.panels import agreement, headline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,6 +68,21 @@ def read_histories(
         raise ValueError(f"no clusters of a DropCluster in {', '.join(map(str, paths))}")
     picked = _pick(names, match)
     return [_history(name, saved) for name in names if name in picked]
+
+
+def print_history(history: LayerHistory) -> None:
+    """Print what clusters a layer has, and how they changed.
+
+    Args:
+        history: of the layer.
+    """
+    labels, epochs = history.labels, history.epochs
+    count = int(labels[-1].max()) + 1
+    parts = [f"epoch {epochs[-1]}", f"{count} cluster{'s' * (count != 1)}", f"scope {history.scope}"]
+    if len(labels) > 1:
+        since = agreement(labels[-1], labels[-2], history.scope)
+        parts.append(f"agreement with epoch {epochs[-2]}: {since:.2f}")
+    console().print(f"[bold]{history.name}[/]  {headline(parts)}")
 
 
 def save_plots(history: LayerHistory, folder: Path, *, image: Tensor | None, max_maps: int) -> Iterator[Path]:

@@ -187,15 +187,13 @@ def test_help_comes_from_the_docstring(capsys):
     assert "samples gathered for each clustering. (type: int, default: 1024)" in out
 
 
-def test_python_dash_m():
-    ran = subprocess.run(
-        [sys.executable, "-m", "lightning_dropcluster", "layers", "resnet18", "--match", "nothing_such"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ran.returncode == 1
-    assert "layers='nothing_such' matches no layer" in ran.stderr
+def test_a_process_of_its_own_imports_what_the_command_needs():
+    command = [sys.executable, "-X", "importtime", "-m", "lightning_dropcluster", "layers", "resnet18"]
+    ran = subprocess.run([*command, "--input=32"], capture_output=True, text=True, timeout=120, check=True)
+    assert ran.stdout.startswith("resnet18 at 3×32×32")
+    imported = set(re.findall(r"^import time:.*\| +(\S+)$", ran.stderr, re.MULTILINE))
+    assert "timm" in imported
+    assert not imported & {"pytorch_lightning", "lightning", "torchmetrics", "matplotlib", "sklearn"}
 
 
 @pytest.fixture(scope="module")
