@@ -22,7 +22,7 @@ from lightning_dropcluster.layers.hooks import LayerHook
 
 # Forked from a server that has imported the slow modules and started no thread.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["faiss", "lightning_dropcluster", "timm"])
+_FORKS.set_forkserver_preload(["lightning_dropcluster.callbacks", "timm"])
 
 
 def run_ranks(

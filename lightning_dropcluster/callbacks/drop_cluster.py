@@ -19,7 +19,8 @@ from lightning_dropcluster.clustering import Clusterer, FaissKMeans, TorchKMeans
 from lightning_dropcluster.clustering.protocol import check_clusterer
 from lightning_dropcluster.layers.injection import unused_layers_error
 from lightning_dropcluster.layers.selection import Layers, LayerTypes
-from lightning_dropcluster.learning.clusters import Clusters, read_initial_labels
+from lightning_dropcluster.learning.checkpoints import read_initial_labels
+from lightning_dropcluster.learning.clusters import Clusters
 from lightning_dropcluster.learning.learner import ClusterLearner
 from lightning_dropcluster.learning.reclustering import try_clusterer
 from lightning_dropcluster.learning.reports import Report

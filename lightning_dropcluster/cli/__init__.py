@@ -1,5 +1,5 @@
 """The command line."""
 
-from lightning_dropcluster.cli.command import main
+from lightning_dropcluster.cli.command import main, run
 
-__all__ = ["main"]
+__all__ = ["main", "run"]

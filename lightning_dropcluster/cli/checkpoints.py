@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lightning_dropcluster.cli.tables import console
 from lightning_dropcluster.layers.patterns import matching_names, nearest_names
-from lightning_dropcluster.learning.clusters import SavedClusters, read_checkpoint
+from lightning_dropcluster.learning.checkpoints import SavedClusters, find_checkpoints, read_checkpoint
 from lightning_dropcluster.visualization import (
     neighbor_colors,
     plot_clusters,
@@ -21,7 +23,7 @@ from lightning_dropcluster.visualization import (
     plot_sizes,
     save_animation,
 )
-from lightning_dropcluster.visualization.panels import headline
+from lightning_dropcluster.visualization.panels import agreement, headline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,26 +46,43 @@ class LayerHistory:
     labels: list[Tensor]
 
 
-def read_histories(paths: Sequence[Path], match: Sequence[str] = ("**",)) -> list[LayerHistory]:
+def read_histories(
+    paths: Iterable[str | PathLike[str]], match: Sequence[str] = ("**",)
+) -> list[LayerHistory]:
     """Read the clusters of some layers from checkpoints of one run.
 
     Args:
-        paths: of checkpoints, or of folders with checkpoints, in any order.
+        paths: of checkpoints, or of folders with checkpoints, in any order; URLs that fsspec opens too.
         match: patterns of layers' names, as for `DropCluster`; each must pick at least one.
 
     Returns:
         The layers' clusters, the oldest checkpoint first; of equal ones in a row only the first is kept.
 
     Raises:
-        FileNotFoundError: where there is no such file.
+        OSError: where a file cannot be opened.
         ValueError: where a file is no checkpoint, none holds clusters, or a pattern picks nothing.
     """
-    saved = sorted((_read(path) for path in _files(paths)), key=lambda one: one.step)
+    saved = sorted((one for path in paths for one in _read(path)), key=lambda one: one.step)
     names = dict.fromkeys(name for one in saved for name in one.clusters)
     if not names:
         raise ValueError(f"no clusters of a DropCluster in {', '.join(map(str, paths))}")
     picked = _pick(names, match)
     return [_history(name, saved) for name in names if name in picked]
+
+
+def print_history(history: LayerHistory) -> None:
+    """Print what clusters a layer has, and how they changed.
+
+    Args:
+        history: of the layer.
+    """
+    labels, epochs = history.labels, history.epochs
+    count = int(labels[-1].max()) + 1
+    parts = [f"epoch {epochs[-1]}", f"{count} cluster{'s' * (count != 1)}", f"scope {history.scope}"]
+    if len(labels) > 1:
+        since = agreement(labels[-1], labels[-2], history.scope)
+        parts.append(f"agreement with epoch {epochs[-2]}: {since:.2f}")
+    console().print(f"[bold]{history.name}[/]  {headline(parts)}")
 
 
 def save_plots(history: LayerHistory, folder: Path, *, image: Tensor | None, max_maps: int) -> Iterator[Path]:
@@ -136,19 +155,17 @@ def _history(name: str, saved: Iterable[SavedClusters]) -> LayerHistory:
     return history
 
 
-def _files(paths: Sequence[Path]) -> Iterator[Path]:
-    for path in paths:
-        found = sorted(path.glob("*.ckpt")) if path.is_dir() else [path]
-        if not found:
-            raise ValueError(f"no checkpoint (*.ckpt) in the folder {path}")
-        yield from found
-
-
-def _read(path: Path) -> SavedClusters:
+def _read(path: str | PathLike[str]) -> list[SavedClusters]:
+    """Read a checkpoint, or all in a folder."""
     try:
-        return read_checkpoint(path)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        return [read_checkpoint(path)]
+    except IsADirectoryError as error:
+        found = find_checkpoints(path)
+        if not found:
+            raise ValueError(f"no checkpoint (*.ckpt) in the folder {path}, and it is {error}") from error
+        return [one for inner in found for one in _read(inner)]
+    except (OSError, ImportError, TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def _pick(names: Iterable[str], match: Sequence[str]) -> set[str]:

@@ -1,23 +1,18 @@
-"""The command line: what the callback would work on in a timm model, and what it learned."""
+"""The command line: what the callback would work on in a timm model, and what it learned.
+
+Each command imports what it needs when it runs: torch alone takes seconds, which ``--help`` does without.
+"""
 
 from __future__ import annotations
 
+import gc
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import nn
-
-from lightning_dropcluster.checks import check_number
-from lightning_dropcluster.cli.checkpoints import read_histories, read_image, save_plots
-from lightning_dropcluster.cli.tables import print_history, print_layers
-from lightning_dropcluster.inspection.preview import Preview, preview
-from lightning_dropcluster.layers.patterns import nearest_names
-from lightning_dropcluster.layers.selection import CONV_LAYERS, WIDEN, select_layers
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -60,11 +55,25 @@ def main(args: Sequence[str] | None = None) -> None:
     except ImportError as error:
         raise SystemExit(str(error)) from error
     except (ValueError, OSError) as error:
+        from lightning_dropcluster.layers.selection import WIDEN
+
         words = str(error).replace(WIDEN, "add --any-layer")
         raise SystemExit(f"{_PROG} {parsed.command}: {words}") from error
 
 
-def layers(
+def run() -> NoReturn:
+    """Run the command line as a process of its own, and end that at once.
+
+    Looking for garbage among the objects of torch and timm, and freeing them all in the end, takes as long as
+    the command itself.
+    """
+    gc.set_threshold(100_000)
+    main()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def list_layers(
     model: str,
     match: list[str] | None = None,
     *,
@@ -94,19 +103,11 @@ def layers(
     Raises:
         ValueError: where there is no such model, or an argument does not fit it.
     """
+    from lightning_dropcluster.cli.models import show_layers
+
     settings = {"num_clusters": num_clusters, "cluster_size": cluster_size, "scope": scope}
     settings |= {"num_samples": num_samples, "sketch_dim": sketch_dim}
-    kinds = None
-    if any_layer:
-        if match is None:
-            raise ValueError("--any-layer: needs --match, or every module would be picked")
-        kinds = nn.Module
-        settings |= {"layers": [_is_conv, *match], "layer_types": kinds}
-    shape = parse_size(input)
-    network, found = _look(model, shape, settings)
-    picked = None if match is None else set(select_layers(network, match, kinds))
-    size = "×".join(map(str, shape or network.default_cfg["input_size"]))
-    print_layers(model, size, found, picked, scope=scope, show_all=show_all)
+    show_layers(model, match, parse_size(input), any_layer=any_layer, show_all=show_all, settings=settings)
 
 
 def plot(
@@ -130,9 +131,17 @@ def plot(
         ValueError: where an argument is wrong, or there are no clusters.
         OSError: where a file cannot be read or written.
     """
+    from lightning_dropcluster.checks import check_number
+    from lightning_dropcluster.cli.checkpoints import (
+        print_history,
+        read_histories,
+        read_image,
+        save_plots,
+    )
+
     check_number("max_maps", max_maps, 1, integer=True)
     pixels = None if image is None else read_image(image)
-    histories = read_histories([Path(path) for path in checkpoints], match or ["**"])
+    histories = read_histories(checkpoints, match or ["**"])
     Path(output).mkdir(parents=True, exist_ok=True)
     for history in histories:
         print_history(history)
@@ -170,32 +179,6 @@ def _with_underscores(word: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
 
 
-def _is_conv(_name: str, module: nn.Module) -> bool:
-    return isinstance(module, CONV_LAYERS)
-
-
-def _look(name: str, shape: tuple[int, ...] | None, settings: dict[str, Any]) -> tuple[Any, Preview]:
-    """Build a model and preview layers, all conv layers by default: on the meta device, or in memory."""
-    for device in ("meta", "cpu"):
-        try:
-            with torch.device(device):
-                model = _create(name, shape)
-            return model, preview(model, example_input=shape or model.default_cfg["input_size"], **settings)
-        except (NotImplementedError, RuntimeError, AssertionError) as error:
-            failure = error
-    raise ValueError(f"{name}: the model does not run on input={shape or 'its own size'}: {failure}")
-
-
-def _create(name: str, shape: tuple[int, ...] | None) -> Any:
-    import timm
-
-    if not timm.is_model(name):
-        near = ", ".join(nearest_names(name, timm.list_models()))
-        raise ValueError(f"model={name!r}: timm {timm.__version__} has no such model; nearest: {near}")
-    options: dict[str, Any] = {} if shape is None or shape[0] == 3 else {"in_chans": shape[0]}
-    return timm.create_model(name, **options)
-
-
 def _add_layers(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=str, help="name of a timm model, such as resnet50")
     parser.add_argument(
@@ -209,7 +192,9 @@ def _add_layers(parser: ArgumentParser) -> None:
         action="store_true",
         help="let --match pick modules of any type, as layer_types=torch.nn.Module does",
     )
-    parser.add_function_arguments(layers, as_group=False, skip={"model", "match", "show_all", "any_layer"})
+    parser.add_function_arguments(
+        list_layers, as_group=False, skip={"model", "match", "show_all", "any_layer"}
+    )
 
 
 def _add_plot(parser: ArgumentParser) -> None:
@@ -231,6 +216,6 @@ def _first_line(function: Callable[..., None]) -> str:
 
 
 _COMMANDS: dict[str, tuple[Callable[..., None], Callable[[ArgumentParser], None]]] = {
-    "layers": (layers, _add_layers),
+    "layers": (list_layers, _add_layers),
     "plot": (plot, _add_plot),
 }

@@ -8,9 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from lightning_dropcluster.cli.checkpoints import LayerHistory
 from lightning_dropcluster.inspection.preview import HEADINGS, LayerPreview, Preview
-from lightning_dropcluster.visualization.panels import agreement, headline
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,33 +37,18 @@ def print_layers(
         scope: what is grouped, for the note on small maps.
         show_all: whether runs of layers that are not picked are shown in full.
     """
-    console = _console()
+    screen = console()
     chosen = found if picked is None else Preview(tuple(_those(found, picked)), {})
-    console.print(
+    screen.print(
         _table(f"{model} at {input_size}", found, chosen, marked=picked is not None, show_all=show_all)
     )
     for note in _notes(chosen, scope):
-        console.print(note, style="yellow")
+        screen.print(note, style="yellow")
     if found.patterns:
-        console.print("\nPatterns to copy:" if picked is None else "\nOther choices:", style="bold")
+        screen.print("\nPatterns to copy:" if picked is None else "\nOther choices:", style="bold")
     for title, text in _suggestions(found):
-        console.print(f"  {title}", style="dim")
-        console.print(f"    {text}", markup=False, soft_wrap=True)
-
-
-def print_history(history: LayerHistory) -> None:
-    """Print what clusters a layer has, and how they changed.
-
-    Args:
-        history: of the layer.
-    """
-    labels, epochs = history.labels, history.epochs
-    count = int(labels[-1].max()) + 1
-    parts = [f"epoch {epochs[-1]}", f"{count} cluster{'s' * (count != 1)}", f"scope {history.scope}"]
-    if len(labels) > 1:
-        since = agreement(labels[-1], labels[-2], history.scope)
-        parts.append(f"agreement with epoch {epochs[-2]}: {since:.2f}")
-    _console().print(f"[bold]{history.name}[/]  {headline(parts)}")
+        screen.print(f"  {title}", style="dim")
+        screen.print(f"    {text}", markup=False, soft_wrap=True)
 
 
 def _suggestions(found: Preview) -> Iterator[tuple[str, str]]:
@@ -81,7 +64,7 @@ def _argument(patterns: Sequence[str]) -> str:
     return f"layers={listed}" if len(patterns) == 1 else f"layers=[{listed}]"
 
 
-def _console() -> Console:
+def console() -> Console:
     """Make a console that does not fold the names that a pipe is to find."""
     from rich.console import Console
 

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.clustering import adjusted_rand_score
 
 
 def adjusted_rand_index(
@@ -25,6 +24,8 @@ def adjusted_rand_index(
 
 
 def _rand(now: Tensor, before: Tensor) -> float:
+    from torchmetrics.functional.clustering import adjusted_rand_score  # imports torchvision: seconds
+
     with torch.sparse.check_sparse_tensor_invariants(False):  # an open choice would make torch warn
         return float(adjusted_rand_score(now, before))
 

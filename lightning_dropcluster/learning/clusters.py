@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from os import PathLike
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_dropcluster.checks import check_integers, describe
 from lightning_dropcluster.layers.plain import as_plain
 from lightning_dropcluster.layers.selection import count_channels
-from lightning_dropcluster.learning.scopes import SCOPES, Scope, Shape
+from lightning_dropcluster.learning.scopes import Scope, Shape
 from lightning_dropcluster.methods.cluster_drop import smallest_integer_type
 
 
@@ -39,16 +37,6 @@ class Clusters:
         return {"table": self.table.to("cpu", copy=True), "shape": list(self.shape)}
 
 
-@dataclass(frozen=True)
-class SavedClusters:
-    """What a checkpoint holds of all its DropClusters, by name of layer, and when it was written."""
-
-    epoch: int
-    step: int
-    clusters: dict[str, Clusters]
-    scopes: dict[str, Scope]
-
-
 def clusters_from_labels(labels: Tensor, scope: Scope, name: str) -> Clusters:
     """Check labels (C, *spatial), numbered from 0 within each problem of the scope, and pack them."""
     check_integers(f"labels of layer {name!r}", labels)
@@ -73,45 +61,6 @@ def clusters_from_state(state: Any, scope: Scope, name: str) -> Clusters:
     return _pack(table, tuple(shape), scope, name)
 
 
-def read_initial_labels(source: Any, scope: Scope) -> dict[str, Clusters]:
-    """Read clusters to start from: labels as ``DropCluster.labels`` gives them, or a checkpoint's."""
-    if isinstance(source, str | PathLike):
-        return _clusters_in(source, scope)
-    if not isinstance(source, Mapping):
-        raise TypeError(
-            f"initial_labels={describe(source)}: must be a mapping of layer names to labels, or the path of "
-            f"a checkpoint, not {type(source).__name__}"
-        )
-    if not source:
-        raise ValueError("initial_labels={}: must hold the labels of at least one layer")
-    try:
-        return {str(name): clusters_from_labels(labels, scope, str(name)) for name, labels in source.items()}
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"initial_labels: {error}") from error
-
-
-def read_checkpoint(path: str | PathLike[str]) -> SavedClusters:
-    """Read the clusters that a Lightning checkpoint holds, of all its DropClusters."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        reason = str(error).partition(". ")[0]
-        raise ValueError(f"no checkpoint that torch loads with weights_only=True ({reason})") from error
-    checkpoint = checkpoint if isinstance(checkpoint, Mapping) else {}
-    saved = SavedClusters(checkpoint.get("epoch", 0), checkpoint.get("global_step", 0), {}, {})
-    callbacks = checkpoint.get("callbacks")
-    for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
-        # By what it holds, since a subclass files it under its own name.
-        scope = SCOPES.get(str(state.get("scope"))) if isinstance(state, Mapping) else None
-        if scope is not None and isinstance(state.get("clusters"), Mapping):
-            for name, entry in state["clusters"].items():
-                saved.clusters[str(name)] = clusters_from_state(entry, scope, str(name))
-                saved.scopes[str(name)] = scope
-    return saved
-
-
 def check_shape(shape: Any, what: str) -> None:
     """Check a layer's shape that came from a checkpoint."""
     if not (isinstance(shape, list | tuple) and shape and all(type(n) is int and n > 0 for n in shape)):
@@ -130,20 +79,6 @@ def check_channels(clusters: Clusters, layer: nn.Module, name: str) -> None:
         raise ValueError(
             f"labels of layer {name!r} have {clusters.shape[0]} channels, but the layer has {channels}"
         )
-
-
-def _clusters_in(path: str | PathLike[str], scope: Scope) -> dict[str, Clusters]:
-    try:
-        saved = read_checkpoint(path)
-    except (FileNotFoundError, TypeError, ValueError) as error:
-        raise type(error)(f"initial_labels={str(path)!r}: {error}") from error
-    found = {name: clusters for name, clusters in saved.clusters.items() if saved.scopes[name] is scope}
-    if not found:
-        raise ValueError(
-            f"initial_labels={str(path)!r}: the checkpoint holds no labels of a DropCluster with "
-            f"scope={scope.name!r}"
-        )
-    return found
 
 
 def _pack(table: Tensor, shape: Shape, scope: Scope, name: str) -> Clusters:

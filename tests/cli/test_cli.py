@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 
+import fsspec
 import pytest
 import torch
 from fits import Classifier, make_loader, make_trainer
@@ -186,15 +187,13 @@ def test_help_comes_from_the_docstring(capsys):
     assert "samples gathered for each clustering. (type: int, default: 1024)" in out
 
 
-def test_python_dash_m():
-    ran = subprocess.run(
-        [sys.executable, "-m", "lightning_dropcluster", "layers", "resnet18", "--match", "nothing_such"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ran.returncode == 1
-    assert "layers='nothing_such' matches no layer" in ran.stderr
+def test_a_process_of_its_own_imports_what_the_command_needs():
+    command = [sys.executable, "-X", "importtime", "-m", "lightning_dropcluster", "layers", "resnet18"]
+    ran = subprocess.run([*command, "--input=32"], capture_output=True, text=True, timeout=120, check=True)
+    assert ran.stdout.startswith("resnet18 at 3×32×32")
+    imported = set(re.findall(r"^import time:.*\| +(\S+)$", ran.stderr, re.MULTILINE))
+    assert "timm" in imported
+    assert not imported & {"pytorch_lightning", "lightning", "torchmetrics", "matplotlib", "sklearn"}
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +236,16 @@ def test_checkpoints_of_a_run_become_a_history(run, checkpoints, tmp_path):
                 assert getattr(picture, "n_frames", 1) == (3 if ending == "history.gif" else 1)
 
 
+def test_sharded_checkpoints_and_urls_are_drawn(run, checkpoints, tmp_path):
+    memory = fsspec.filesystem("memory")
+    for path in checkpoints.glob("*.ckpt"):
+        memory.pipe_file(f"/sharded/{path.name}/meta.pt", path.read_bytes())
+        memory.pipe_file(f"/sharded/{path.name}/__0_0.distcp", b"a shard")
+    out = run("plot", "memory://sharded", f"--output={tmp_path}", "--match=conv1", columns=200)
+    assert out == run("plot", str(checkpoints), f"--output={tmp_path}", "--match=conv1", columns=200)
+    memory.rm("/sharded", recursive=True)
+
+
 def test_what_cannot_be_drawn_is_said_in_one_line(capsys, checkpoints, tmp_path):
     torch.save({"callbacks": {}}, tmp_path / "empty.ckpt")
     (tmp_path / "text.ckpt").write_text("no checkpoint")
@@ -246,6 +255,7 @@ def test_what_cannot_be_drawn_is_said_in_one_line(capsys, checkpoints, tmp_path)
         ([str(tmp_path / "none.ckpt")], "No such file"),
         ([str(tmp_path / "empty.ckpt")], "no clusters of a DropCluster in "),
         ([str(tmp_path / "text.ckpt")], "text.ckpt: no checkpoint that torch loads with weights_only=True"),
+        (["memory://none.ckpt"], "memory://none.ckpt: No such file"),
         ([str(tmp_path / "folder")], r"no checkpoint \(\*.ckpt\) in the folder"),
         ([one, "--match", "conv2"], "match='conv2' picks none of the layers with clusters; nearest: model.l"),
         ([one, "--image", str(tmp_path / "text.ckpt")], "no image that Pillow reads"),

@@ -14,7 +14,6 @@ from lightning_dropcluster.learning.clusters import (
     check_channels,
     clusters_from_labels,
     clusters_from_state,
-    read_initial_labels,
     smallest_table,
 )
 from lightning_dropcluster.learning.scopes import SCOPES, Scope
@@ -199,82 +198,6 @@ def test_a_table_out_of_range_is_refused(label):
         ValueError, match=rf"labels of layer 'x' are in \[{label}, {label}\]: must be in \[0, 4"
     ):
         clusters_from_state(good_state() | {"table": table}, MAP, "x")
-
-
-# Initial labels
-
-
-@pytest.mark.parametrize("name", SCOPES)
-def test_initial_labels_are_read_from_a_mapping(name):
-    labels = {layer: random_labels(SCOPES[name], shape) for layer, shape in [("a", (3, 2, 2)), ("b", (2, 5))]}
-    found = read_initial_labels(labels, SCOPES[name])
-    assert list(found) == ["a", "b"]
-    assert all(torch.equal(found[layer].labels, labels[layer]) for layer in labels)
-
-
-def write_checkpoint(path, callbacks: dict) -> str:
-    torch.save({"state_dict": {}, "callbacks": callbacks}, path)
-    return str(path)
-
-
-@pytest.mark.parametrize("as_path", [str, lambda path: path])
-def test_initial_labels_are_read_from_a_checkpoint(tmp_path, as_path):
-    first, second = good_state(), good_state()
-    write_checkpoint(
-        tmp_path / "last.ckpt",
-        {
-            "ModelCheckpoint{}": {"clusters": None},
-            "DropClusterMonitor{}": {"clusters": None},
-            "DropCluster{'layers': ['c']}": {"scope": "layer", "clusters": {"c": good_state()}},
-            "DropCluster{'layers': ['a']}": {"scope": "map", "clusters": {"a": first}},
-            "Subclass{'layers': ['b']}": {"scope": "map", "clusters": {"b": second}},
-        },
-    )
-    found = read_initial_labels(as_path(tmp_path / "last.ckpt"), MAP)
-    assert {name: clusters.labels.tolist() for name, clusters in found.items()} == {
-        "a": first["table"].tolist(),
-        "b": second["table"].tolist(),
-    }
-
-
-@pytest.mark.parametrize(
-    "checkpoint",
-    [
-        {},
-        [1, 2],
-        {"callbacks": {}},
-        {"callbacks": {"ModelCheckpoint{}": {"clusters": {}}}},
-        {"callbacks": {"DropCluster{}": {"clusters": {}}}},
-    ],
-)
-def test_a_checkpoint_without_labels_is_refused(tmp_path, checkpoint):
-    torch.save(checkpoint, tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match=r"initial_labels='.*last.ckpt': the checkpoint holds no labels"):
-        read_initial_labels(tmp_path / "last.ckpt", MAP)
-
-
-def test_a_checkpoint_with_labels_of_another_scope_is_refused(tmp_path):
-    state = {"scope": "map", "clusters": {"conv1": good_state()}}
-    path = write_checkpoint(tmp_path / "last.ckpt", {"DropCluster{}": state})
-    with pytest.raises(ValueError, match="no labels of a DropCluster with scope='channel'"):
-        read_initial_labels(path, SCOPES["channel"])
-
-
-def test_a_missing_checkpoint_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.ckpt"):
-        read_initial_labels(tmp_path / "nowhere.ckpt", MAP)
-
-
-@pytest.mark.parametrize("source", [3, None, torch.zeros(2), [("a", torch.zeros(1))]])
-def test_initial_labels_that_are_neither_mapping_nor_path_are_a_type_error(source):
-    message = rf"initial_labels=.*must be a mapping .* or the path .* not {type(source).__name__}$"
-    with pytest.raises(TypeError, match=message):
-        read_initial_labels(source, MAP)
-
-
-def test_faulty_initial_labels_name_the_layer():
-    with pytest.raises(TypeError, match=r"labels of layer 'model.conv1': must be an integer tensor"):
-        read_initial_labels({"model.conv1": torch.zeros(3, 2, 2)}, MAP)
 
 
 # The layer

@@ -1,0 +1,58 @@
+"""The layers of a timm model, as the command line lists them."""
+
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from lightning_dropcluster.cli.tables import print_layers
+from lightning_dropcluster.inspection.preview import Preview, preview
+from lightning_dropcluster.layers.patterns import nearest_names
+from lightning_dropcluster.layers.selection import CONV_LAYERS, select_layers
+
+
+def show_layers(
+    name: str,
+    match: list[str] | None,
+    shape: tuple[int, ...] | None,
+    *,
+    any_layer: bool,
+    show_all: bool,
+    settings: dict[str, Any],
+) -> None:
+    """Print a model's conv layers and what patterns pick."""
+    kinds = None
+    if any_layer:
+        if match is None:
+            raise ValueError("--any-layer: needs --match, or every module would be picked")
+        kinds = nn.Module
+        settings = settings | {"layers": [_is_conv, *match], "layer_types": kinds}
+    network, found = _look(name, shape, settings)
+    picked = None if match is None else set(select_layers(network, match, kinds))
+    size = "×".join(map(str, shape or network.default_cfg["input_size"]))
+    print_layers(name, size, found, picked, scope=settings["scope"], show_all=show_all)
+
+
+def _is_conv(_name: str, module: nn.Module) -> bool:
+    return isinstance(module, CONV_LAYERS)
+
+
+def _look(name: str, shape: tuple[int, ...] | None, settings: dict[str, Any]) -> tuple[Any, Preview]:
+    """Build a model and preview layers, all conv layers by default: on the meta device, or in memory."""
+    for device in ("meta", "cpu"):
+        try:
+            with torch.device(device):
+                model = _create(name, shape)
+            return model, preview(model, example_input=shape or model.default_cfg["input_size"], **settings)
+        except (NotImplementedError, RuntimeError, AssertionError) as error:
+            failure = error
+    raise ValueError(f"{name}: the model does not run on input={shape or 'its own size'}: {failure}")
+
+
+def _create(name: str, shape: tuple[int, ...] | None) -> Any:
+    if not timm.is_model(name):
+        near = ", ".join(nearest_names(name, timm.list_models()))
+        raise ValueError(f"model={name!r}: timm {timm.__version__} has no such model; nearest: {near}")
+    options: dict[str, Any] = {} if shape is None or shape[0] == 3 else {"in_chans": shape[0]}
+    return timm.create_model(name, **options)
