@@ -1,7 +1,9 @@
 """What is hung on a layer: gather its output, then regularise it."""
 
+from itertools import chain
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -25,8 +27,7 @@ class LayerHook:
 
     It acts only while the layer is in training mode. The attributes are for the owner to set between steps; a
     call changes ``fired``, ``first_call``, ``shape`` and ``other_channels`` alone. That makes three variants
-    of it for ``torch.compile``: idle, dropping, gathering and dropping. A copy or pickle of the layer carries
-    a hook that does nothing, since nobody would steer or remove a live one.
+    of it for ``torch.compile``: idle, dropping, gathering and dropping.
 
     Args:
         name: of the layer, for errors.
@@ -38,6 +39,7 @@ class LayerHook:
         active: whether to regularise.
         touches: whether the parameters of a regulariser that is not active take part all the same, with
             gradients of zero: DDP waits for those of every parameter in every step.
+        suspended: whether to do nothing at all, as outside of the training step.
         sketch: where to gather, ``None`` while no window is open. Activations of another shape are left out.
         first_call: whether the next call is the first of its step. Only that one is gathered: a layer may run
             several times in a step, and activation checkpointing runs it again in the backward pass.
@@ -51,7 +53,8 @@ class LayerHook:
     ) -> None:
         self.name, self.regularizer, self.in_eval = name, regularizer, in_eval
         self.sketch: Gatherer | None = None
-        self.active, self.touches, self.first_call, self.fired = True, False, False, False
+        self.active, self.touches, self.suspended = True, False, False
+        self.first_call, self.fired = False, False
         self.shape: tuple[int, ...] | None = None
         self.other_channels: int | None = None
         # A conv says how many dimensions a batch has; of other layers anything with a batch will do.
@@ -72,7 +75,7 @@ class LayerHook:
             TypeError: where the output is no floating-point tensor.
             ValueError: where it is no batch, or the regulariser returns no tensor of its shape.
         """
-        if not (module.training or self.in_eval):
+        if not (module.training or self.in_eval) or self.suspended:
             return None
         self._check(module, output)
         self.fired = True
@@ -82,9 +85,6 @@ class LayerHook:
         if self.active:
             return self._regularize(output)
         return self._touch(output) if self.touches else None
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _CopiedHook, ()
 
     def _check(self, module: nn.Module, output: Any) -> None:
         if not isinstance(output, Tensor) or not output.is_floating_point():
@@ -108,10 +108,13 @@ class LayerHook:
             self.other_channels = x.shape[1]
 
     def _regularize(self, x: Tensor) -> Tensor:
-        made: Any = self.regularizer(x)  # pyright: ignore[reportOptionalCall]
+        regularizer: Any = self.regularizer
+        if not torch.compiler.is_compiling() and _device(regularizer) not in (None, x.device):
+            regularizer.to(x.device)  # a model may be spread over devices, and be so after it was hooked
+        made: Any = regularizer(x)
         if not isinstance(made, Tensor) or made.shape != x.shape:
             raise ValueError(
-                f"regularizer: {type(self.regularizer).__name__} must return a tensor of shape "
+                f"regularizer: {type(regularizer).__name__} must return a tensor of shape "
                 f"{tuple(x.shape)} as it was given, but returned {_describe(made)}"
             )
         return made.to(x.dtype)
@@ -121,11 +124,8 @@ class LayerHook:
         return sum((0.0 * parameter.sum().to(x.dtype) for parameter in parameters), start=x)
 
 
-class _CopiedHook:
-    """What a copy of a hooked layer has in place of its hook."""
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        return None
+def _device(module: nn.Module) -> torch.device | None:
+    return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), None)
 
 
 def _describe(output: Any) -> str:
