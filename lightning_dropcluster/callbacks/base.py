@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from lightning_dropcluster import ranks
 from lightning_dropcluster.callbacks.auto_drop_prob import AutoDropProb
 from lightning_dropcluster.callbacks.schedule import Schedule, TrainingPosition
+from lightning_dropcluster.callbacks.step_scope import StepScope, suspend
 from lightning_dropcluster.checks import check_bool, check_number, check_text
-from lightning_dropcluster.layers.injection import unused_layers_error
+from lightning_dropcluster.layers.injection import backward_hook_warning, unused_layers_error
 from lightning_dropcluster.layers.norm_statistics import NormStatistics, is_clean_step
 from lightning_dropcluster.layers.selection import (
     Layers,
@@ -94,6 +95,7 @@ class LayerCallback(_Base):
         self._was_loaded = False
         self._is_fresh = self._saw_first_batch = False
         self._log_prefix = self.log_name
+        self._scope = StepScope()
 
     @property
     def drop_prob_now(self) -> float:
@@ -119,6 +121,7 @@ class LayerCallback(_Base):
         self._hooked = modules
         self._attach(trainer, pl_module)
         self._attach_statistics(trainer, pl_module)
+        suspend(self._layers.hooks)
         self._check_start(trainer)
         self._apply_loaded()
 
@@ -128,6 +131,8 @@ class LayerCallback(_Base):
         if trainer.ckpt_path and not self._was_loaded:
             self._warn(f"the checkpoint has no state of this callback ({self.state_key}); it starts afresh")
         self._was_loaded = False
+        if warning := backward_hook_warning(self._hooked):
+            self._warn(warning)
         is_one_epoch = trainer.max_epochs == 1 and trainer.max_steps == -1
         if is_one_epoch and math.isinf(trainer.num_training_batches) and self._schedule.follows_length:
             self._warn(
@@ -148,6 +153,7 @@ class LayerCallback(_Base):
         self._drop_prob_now = self._begin_step(fraction, is_due, is_clean)
         self._drops = self._drop_prob_now != 0.0 and not is_clean
         self._statistics.begin_step(self._drops)
+        self._scope.open(trainer.strategy, self._layers.hooks)
         if not (trainer.barebones or math.isnan(self._drop_prob_now)):
             pl_module.log(f"{self._log_prefix}/drop_prob", self._drop_prob_now, batch_size=1)
 
@@ -159,6 +165,7 @@ class LayerCallback(_Base):
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Fail where a layer of a new training has not run in a whole epoch; before the start, warn."""
+        self._scope.close()
         self._layers.pause()
         self._statistics.end_step()
         if self._auto is not None and not self._drops:
@@ -174,6 +181,7 @@ class LayerCallback(_Base):
 
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Drop nothing where the last batch was skipped, and so never ended."""
+        self._scope.close()
         self._layers.pause()
         self._statistics.cancel_step()
 
@@ -222,6 +230,7 @@ class LayerCallback(_Base):
 
         Nothing happens where no hook is on.
         """
+        self._scope.close()
         self._layers.detach()
         self._statistics.cancel_step()
         self._statistics = NormStatistics(self._statistics.left_out)
@@ -386,12 +395,25 @@ class LayerCallback(_Base):
                 f"layers {', '.join(gone)} are no longer part of the model, so nothing is dropped or "
                 "gathered there; replace or fuse layers before fit, or fit again"
             )
-        idle = [name for name, module in self._hooked.items() if not module.training]
-        if idle:
-            self._warn(
-                f"layers {', '.join(idle)} are in eval mode in a training step, so nothing is dropped or "
-                "gathered there; call .train() on them"
-            )
+        idle = {name: module for name, module in self._hooked.items() if not module.training}
+        frozen = [name for name, module in idle.items() if _is_frozen(pl_module, name, module)]
+        for names, what, advice in (
+            (
+                frozen,
+                "frozen and in eval mode",
+                "leave them out by naming the child that trains in the pattern",
+            ),
+            (
+                [n for n in idle if n not in frozen],
+                "in eval mode",
+                "call .train() on them, or leave them out",
+            ),
+        ):
+            if names:
+                self._warn(
+                    f"layers {', '.join(names)} are {what} in a training step, so nothing is dropped or "
+                    f"gathered there; {advice}"
+                )
 
     def _warn(self, message: str) -> None:
         ranks.warn(message, type(self).__name__)
@@ -402,6 +424,13 @@ def check_drop_prob(drop_prob: Any) -> Any:
     if isinstance(drop_prob, str) and drop_prob != "auto":
         raise TypeError(f"drop_prob={drop_prob!r}: must be a number in [0, 1) or 'auto'")
     return drop_prob if drop_prob == "auto" else check_number("drop_prob", drop_prob, 0, 1, high_open=True)
+
+
+def _is_frozen(root: nn.Module, name: str, layer: nn.Module) -> bool:
+    """Whether nothing of a layer is learned; an activation, of its own, has nothing: its child's count."""
+    child = getattr(root, name.partition(".")[0], layer)
+    weights = list(layer.parameters()) or list(child.parameters() if isinstance(child, nn.Module) else ())
+    return bool(weights) and not any(weight.requires_grad for weight in weights)
 
 
 def is_trial(trainer: "Trainer") -> bool:

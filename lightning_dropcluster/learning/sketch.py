@@ -98,7 +98,7 @@ class Sketch(nn.Module):
             x: (N, C, *spatial) of the sketch's shape, any floating type; it is not changed.
         """
         with torch.autocast(x.device.type, enabled=False):
-            for part in self._parts(x.detach()):
+            for part in self._parts(x.detach().to(self.key.device)):
                 maps = part.float().reshape(len(part), self.shape[0], math.prod(self.shape[1:]))
                 self._add(self.scope.rows(maps), len(part))
 

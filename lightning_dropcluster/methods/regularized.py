@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropcluster import ranks
+from lightning_dropcluster.layers.hooks import LayerHook
 from lightning_dropcluster.layers.injection import Injection
 from lightning_dropcluster.layers.selection import LEARNED_CHILD
 from lightning_dropcluster.methods import Regularizer
@@ -34,6 +35,11 @@ class RegularizedLayers:
         self.regularizers: dict[str, nn.Module] = {}
         self._drop_probs: dict[str, float] = {}
         self._injection = Injection({}, {})
+
+    @property
+    def hooks(self) -> dict[str, LayerHook]:
+        """The hook of each layer."""
+        return self._injection.hooks
 
     @property
     def have_drop_prob(self) -> bool:

@@ -308,3 +308,10 @@ def test_profiles_of_tiny_activations_have_unit_length():
     sketch = Sketch((1, 8), num_samples=8, sketch_dim=8)
     sketch.update(torch.randn(8, 1, 8, generator=torch.Generator().manual_seed(0)) * 1e-14)
     torch.testing.assert_close(sketch.profiles().norm(dim=2), torch.ones(1, 8))
+
+
+def test_activations_come_from_whatever_device():
+    """Of a model that is spread over devices; here the sketch is on the one that holds no values."""
+    sketch = Sketch((2, 4), num_samples=8, sketch_dim=4, device=torch.device("meta"))
+    sketch.update(torch.randn(3, 2, 4))
+    assert sketch.moments.device.type == "meta"
