@@ -1,4 +1,4 @@
-"""The training step and its backward pass: what runs between them, in hooks of callbacks, is no part of it."""
+"""The training step and its backward pass; what hooks of callbacks run in between is no part of it."""
 
 from collections.abc import Mapping
 from typing import Any

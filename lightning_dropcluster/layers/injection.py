@@ -15,9 +15,9 @@ from lightning_dropcluster.layers.hooks import LayerHook
 class Injection:
     """Regularisers attached to layers by forward hooks, see `LayerHook`.
 
-    A hook acts on every call of a layer that runs several times in a forward pass. It comes before the hooks of
-    others, so that they see what the next layer gets, but after those of torch itself (quantisation, sharding),
-    without which the output is not complete. Copies and pickles of the layers have no such hook.
+    A hook acts on every call of a layer that runs several times in a forward pass. It comes before the hooks
+    of others, so that they see what the next layer gets, but after those of torch itself (quantisation,
+    sharding), without which the output is not complete. Copies and pickles of the layers have no such hook.
 
     Args:
         layers: name to layer.
@@ -119,11 +119,11 @@ def unused_layers_error(names: list[str]) -> RuntimeError | None:
         return None
     return RuntimeError(
         f"layers: {', '.join(map(repr, names))} did not run in any training step so far; "
-        "choose layers whose forward the training step calls. A stage is not called where its blocks or layers "
-        "are called one by one: by gradient checkpointing in some of timm's models (ResNets among them), by "
-        "feature extractors and others that trace with torch.fx, by code that loops over its children; pick "
-        "the layers inside it. Leave out a model that training does not run, such as an average of the weights, "
-        "by naming the child that trains in the pattern"
+        "choose layers whose forward the training step calls. A stage is not called where its blocks or "
+        "layers are called one by one: by gradient checkpointing in some of timm's models (ResNets among "
+        "them), by feature extractors and others that trace with torch.fx, by code that loops over its "
+        "children; pick the layers inside it. Leave out a model that training does not run, such as an "
+        "average of the weights, by naming the child that trains in the pattern"
     )
 
 
@@ -146,10 +146,10 @@ def backward_hook_warning(layers: Mapping[str, nn.Module]) -> str | None:
     if not names:
         return None
     return (
-        f"layers {', '.join(names)} have backward hooks. torch hands these the gradient of what is left after "
-        "dropping, not that of the layer's own output, so per-sample gradients and the like that are made from "
-        "it are wrong. Drop behind the layer instead: pick the activation that follows it, for example with "
-        "layer_types=torch.nn.ReLU"
+        f"layers {', '.join(names)} have backward hooks. torch hands these the gradient of what is left "
+        "after dropping, not that of the layer's own output, so per-sample gradients and the like that are "
+        "made from it are wrong. Drop behind the layer instead: pick the activation that follows it, for "
+        "example with layer_types=torch.nn.ReLU"
     )
 
 

@@ -1,5 +1,6 @@
 """Name patterns to layers: which modules of a model a callback works on."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeGuard
@@ -9,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_dropcluster.checks import describe
 from lightning_dropcluster.layers.patterns import compile_pattern, matching_names, nearest_names
+from lightning_dropcluster.layers.wrappers import adapted_layer, name_modules
 
 CONV_LAYERS: tuple[type[nn.Module], ...] = (
     nn.Conv1d,
@@ -28,24 +30,19 @@ LayerTypes = type[nn.Module] | Sequence[type[nn.Module]]
 WIDEN = "give layer_types=torch.nn.Module"
 """What errors advise where a pattern matches layers of other types; the command line calls it otherwise."""
 
-LEARNED_CHILD = "structured_dropout"
-"""What a learned regulariser is called inside its layer; it is no layer of the model itself."""
-
-# Wrappers put these segments into names; users write the names of the model they know.
-_WRAPPER_SEGMENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-
 
 def select_layers(
     root: nn.Module, layers: Layers, layer_types: LayerTypes | None = None
 ) -> dict[str, nn.Module]:
     """Return the layers of a model that name patterns pick.
 
-    Names are those of ``root.named_modules()`` without the segments that ``torch.compile``, FSDP and
-    activation checkpointing insert. A string is a glob over the whole name: ``*`` and ``?`` stay inside one
-    segment, ``**`` crosses dots (``**.`` at the start of a segment also matches nothing), ``[12]`` is a set
-    of characters. A string that starts with ``re:`` is a regular expression, searched for anywhere in the
-    name. A callable gets the name and the module. A pattern that picks nothing from the root is tried from
-    each direct child, so ``"conv1"`` finds ``model.conv1``.
+    Names are those of ``root.named_modules()`` without the segments that ``torch.compile``, FSDP,
+    DataParallel, activation checkpointing, Opacus and PEFT insert. An adapter of PEFT counts as the layer
+    that it adapts, and its own layers, such as ``lora_A``, are never picked. A string is a glob over the
+    whole name: ``*`` and ``?`` stay inside one segment, ``**`` crosses dots (``**.`` at the start of a
+    segment also matches nothing), ``[12]`` is a set of characters. A string that starts with ``re:`` is a
+    regular expression, searched for anywhere in the name. A callable gets the name and the module. A pattern
+    that picks nothing from the root is tried from each direct child, so ``"conv1"`` finds ``model.conv1``.
 
     Args:
         root: the model, usually a LightningModule.
@@ -69,7 +66,7 @@ def select_layers(
     _check_module("root", root)
     patterns = check_patterns(layers)
     types = check_layer_types(layer_types)
-    names = _module_names(root)
+    names = name_modules(root)
     picked = {name for pattern in patterns for name in _pick(names, pattern, types)}
     unique: dict[int, str] = {}
     for name in names:
@@ -97,7 +94,7 @@ def find_layers(root: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
         ['model.stem']
     """
     _check_module("model", root)
-    there = _module_names(root)
+    there = name_modules(root)
     found = {name: there.get(name, there.get(name.partition(".")[2])) for name in names}
     for name, module in found.items():
         if module is None:
@@ -168,7 +165,7 @@ def count_channels(layer: nn.Module) -> int | None:
     """
     # What timm's models call num_features may be meant of their head.
     told = "num_features" if isinstance(layer, _NormBase) else "out_channels"
-    channels = getattr(layer, told, None)
+    channels = getattr(adapted_layer(layer), told, None)
     return channels if isinstance(channels, int) else None
 
 
@@ -182,20 +179,10 @@ def _is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-def _module_names(root: nn.Module) -> dict[str, nn.Module]:
-    """Name every module; of a wrapper and what it wraps, the inner one keeps the common name."""
-    names: dict[str, nn.Module] = {}
-    for name, module in root.named_modules(remove_duplicate=False):
-        parts = [part for part in name.split(".") if part not in _WRAPPER_SEGMENTS]
-        if LEARNED_CHILD not in parts:
-            names[".".join(parts)] = module
-    return names
-
-
 def _pick(names: dict[str, nn.Module], pattern: Pattern, types: tuple[type[nn.Module], ...]) -> list[str]:
     """Apply one pattern from the root, else from each direct child."""
     matches = _predicate(pattern)
-    candidates = {name: module for name, module in names.items() if isinstance(module, types)}
+    candidates = {name: module for name, module in names.items() if isinstance(adapted_layer(module), types)}
     picked = [name for name, module in candidates.items() if matches(name, module)]
     if picked:
         return picked
@@ -237,10 +224,11 @@ def _explain_no_match(
     types: tuple[type[nn.Module], ...],
 ) -> str:
     """Say why a pattern picked nothing, and what would have been near."""
-    allowed = "/".join(kind.__name__ for kind in types) if types != CONV_LAYERS else "conv"
     others = matching_names(names, pattern) if isinstance(pattern, str) else []
+    called = _names_of_types([*types, *(type(names[name]) for name in others)])
+    allowed = "/".join(called[kind] for kind in types) if types != CONV_LAYERS else "conv"
     if others:
-        kinds = ", ".join(f"{name} ({type(names[name]).__name__})" for name in others[:3])
+        kinds = ", ".join(f"{name} ({called[type(names[name])]})" for name in others[:3])
         head = f"layers={pattern!r} matches no {allowed} layer, only {kinds}"
         inside = [n for n in candidates if any(n.startswith(other + ".") for other in others)]
         if inside:
@@ -251,3 +239,10 @@ def _explain_no_match(
         head = f"layers={pattern!r} matches no layer"
     kind = "modules" if types == (nn.Module,) else f"{allowed} layers"
     return f"{head}; nearest {kind}: {', '.join(nearest_names(str(pattern), candidates)) or 'none'}"
+
+
+def _names_of_types(types: Iterable[type]) -> dict[type, str]:
+    """Name classes, with their modules where the names of two would be the same."""
+    unique = set(types)
+    count = Counter(kind.__name__ for kind in unique)
+    return {k: k.__name__ if count[k.__name__] == 1 else f"{k.__module__}.{k.__qualname__}" for k in unique}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_dropcluster import ranks
 from lightning_dropcluster.layers.hooks import LayerHook
 from lightning_dropcluster.layers.injection import Injection
-from lightning_dropcluster.layers.selection import LEARNED_CHILD
+from lightning_dropcluster.layers.wrappers import LEARNED_CHILD
 from lightning_dropcluster.methods import Regularizer
 from lightning_dropcluster.methods.factory import (
     Source,

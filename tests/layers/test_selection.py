@@ -256,6 +256,68 @@ def test_a_wrapped_root_has_the_names_of_the_model_inside(wrap):
     assert select_layers(wrap(model), "**") == select_layers(model, "**")
 
 
+# Wrappers that are known by their class, and adapters
+
+
+def of_package(package: str, name: str, **children: nn.Module) -> nn.Module:
+    """A module as another package makes it."""
+    module = type(name, (nn.Module,), {"__module__": f"{package}.inside"})()
+    for child, inner in children.items():
+        module.add_module(child, inner)
+    return module
+
+
+def adapted(layer: nn.Module, name: str = "Conv2d") -> nn.Module:
+    """A layer that PEFT has put adapters on."""
+    inner = {f"lora_{letter}": nn.ModuleDict({"default": conv()}) for letter in "AB"}
+    return of_package("peft", name, base_layer=layer, **inner)
+
+
+MODEL_WRAPPERS = {
+    "data parallel": nn.DataParallel,
+    "opacus": lambda model: of_package("opacus", "GradSampleModule", _module=model),
+    "peft": lambda model: of_package(
+        "peft", "PeftModel", base_model=of_package("peft", "LoraModel", model=model)
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap", MODEL_WRAPPERS.values(), ids=MODEL_WRAPPERS)
+def test_segments_of_known_wrappers_are_left_out(wrap):
+    plain = small_resnet()
+    wrapped = in_module(wrap(plain))
+    assert select_layers(wrapped, "**") == select_layers(in_module(plain), "**")
+    assert picked(wrapped, "conv1") == ["model.conv1"]
+
+
+def test_names_that_wrappers_use_count_in_other_modules():
+    model = nn.ModuleDict(
+        {"module": conv(), "base_model": nn.ModuleDict({"model": conv()}), "base_layer": conv()}
+    )
+    assert picked(model, "**") == ["module", "base_model.model", "base_layer"]
+
+
+def test_an_adapter_counts_as_the_layer_that_it_adapts_and_its_own_layers_do_not():
+    model = small_resnet()
+    model["layer1"][0].conv1 = adapter = adapted(model["layer1"][0].conv1)
+    model["fc"] = adapted(model["fc"], "Linear")
+    found = select_layers(model, "layer1.0.**")
+    assert list(found) == ["layer1.0.conv1", "layer1.0.conv2"]
+    assert found["layer1.0.conv1"] is adapter
+    assert not any("lora" in name or "fc" in name for name in select_layers(model, "**"))
+    assert count_channels(adapter) == 1
+
+
+def test_a_class_is_named_with_its_module_where_its_name_would_mislead():
+    other = of_package("other", "Conv2d")
+    with pytest.raises(ValueError, match=r"matches no conv layer, only a \(other\.inside\.Conv2d\)"):
+        select_layers(nn.ModuleDict({"a": other, "b": conv()}), "a", CONV_LAYERS)
+    with pytest.raises(
+        ValueError, match=r"matches no other\.inside\.Conv2d layer, only b \(torch\.nn\..*Conv2d"
+    ):
+        select_layers(nn.ModuleDict({"a": other, "b": conv()}), "b", type(other))
+
+
 # Layer types
 
 
