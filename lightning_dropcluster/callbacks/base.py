@@ -226,7 +226,7 @@ class LayerCallback(_Base):
         self._forget_loaded()
 
     def detach(self) -> None:
-        """Take all hooks off; labels stay, and learned regularisers stay in the model.
+        """Take all hooks off; labels stay.
 
         Nothing happens where no hook is on.
         """
