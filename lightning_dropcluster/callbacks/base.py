@@ -1,6 +1,7 @@
 """What the callbacks share: when to attach, to step and to let go. The only file that imports Lightning."""
 
 import importlib
+import logging
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -21,6 +22,7 @@ from lightning_dropcluster.layers.selection import (
     check_patterns,
     select_layers,
 )
+from lightning_dropcluster.layers.stages import default_layers
 from lightning_dropcluster.learning.state import check_clean_steps
 
 if TYPE_CHECKING:
@@ -41,6 +43,9 @@ else:
 
     _Base = type("_Base", _callback_bases(), {})
 
+# Lightning's own logger, which is shown.
+_log = logging.getLogger(_Base.__mro__[1].__module__.partition(".callbacks")[0])
+
 
 class LayerCallback(_Base):
     """A callback that drops in chosen layers, to the measure of a schedule, and leaves nothing attached.
@@ -50,7 +55,7 @@ class LayerCallback(_Base):
 
     Args:
         layers: which layers, see `select_layers`.
-        layer_types: the module types that patterns may pick; conv layers where it is ``None``.
+        layer_types: the module types that patterns may pick, see `select_layers`.
         schedule: from the trainer's counters to the part of drop_prob in use.
         drop_prob: at the end of the schedule; ``"auto"`` follows ``monitor``; ``None`` where the layers know.
         monitor: the validation loss that ``"auto"`` looks at.
@@ -67,7 +72,7 @@ class LayerCallback(_Base):
 
     def __init__(
         self,
-        layers: Layers,
+        layers: Layers | None,
         layer_types: LayerTypes | None,
         schedule: Schedule,
         *,
@@ -77,7 +82,10 @@ class LayerCallback(_Base):
         clean_statistics: bool,
     ) -> None:
         super().__init__()
-        check_patterns(layers)
+        if layers is not None:
+            check_patterns(layers)
+        elif layer_types is not None:
+            raise ValueError(f"layer_types={layer_types!r}: needs layers; without them stages are taken")
         check_layer_types(layer_types)
         check_text("monitor", monitor)
         max_drop_prob = check_number("max_drop_prob", max_drop_prob, 0, 1, high_open=True)
@@ -122,6 +130,8 @@ class LayerCallback(_Base):
         self._attach(trainer, pl_module)
         self._attach_statistics(trainer, pl_module)
         suspend(self._layers.hooks)
+        if self.layers is None:
+            self._expect_stages(pl_module)
         self._check_start(trainer)
         self._apply_loaded()
 
@@ -285,10 +295,14 @@ class LayerCallback(_Base):
 
     def _key(self, **settings: Any) -> str:
         """Make what a checkpoint files the state under: equal for equal layers and settings."""
-        patterns = [
-            p if isinstance(p, str) else getattr(p, "__qualname__", type(p).__name__)
-            for p in check_patterns(self.layers)
-        ]
+        patterns = (
+            None
+            if self.layers is None
+            else [
+                p if isinstance(p, str) else getattr(p, "__qualname__", type(p).__name__)
+                for p in check_patterns(self.layers)
+            ]
+        )
         if self.layer_types is not None:
             settings["layer_types"] = [kind.__qualname__ for kind in check_layer_types(self.layer_types)]
         return self._generate_state_key(layers=patterns, **settings)
@@ -373,6 +387,14 @@ class LayerCallback(_Base):
 
     def _others_before(self, trainer: "Trainer") -> "list[LayerCallback]":
         return [other for other in self._listed_before(trainer) if isinstance(other, LayerCallback)]
+
+    def _expect_stages(self, pl_module: nn.Module) -> None:
+        """Say which layers were picked without a pattern, and have their outputs checked."""
+        for name, num_channels in default_layers(pl_module).items():
+            self._layers.hooks[name].num_channels = num_channels
+        names = ", ".join(map(repr, self._hooked))
+        if ranks.rank() == 0:
+            _log.info(f"{type(self).__name__}: layers=None takes the outputs of stages, layers=[{names}]")
 
     def _listed_before(self, trainer: "Trainer") -> list[Any]:
         """List the callbacks before this one; all where another callback holds it."""

@@ -35,7 +35,7 @@ class StructuredDropout(LayerCallback):
     which DDP refuses unless it is told to find unused parameters.
 
     Args:
-        layers: which layers, as in `DropCluster`.
+        layers: which layers, as in `DropCluster`; ``None`` takes the outputs of stages.
         regularizer: a module, copied for each layer; a name in `REGULARIZERS` but ``"cluster_drop"``, which
             needs labels; or a class or function that makes a module, of nothing or of one argument, the
             layer's number of channels.
@@ -48,7 +48,7 @@ class StructuredDropout(LayerCallback):
             ``set_drop_prob``; others are applied as they are from ``start`` on.
         clean_statistics: let BatchNorm's running averages follow one step in eight, which drops nothing; see
             `DropCluster`.
-        layer_types: the module types that patterns may pick; conv layers where it is ``None``.
+        layer_types: as in `DropCluster`.
         monitor: the validation loss that ``drop_prob="auto"`` looks at.
         max_drop_prob: the most that ``drop_prob="auto"`` drops, in [0, 1).
 
@@ -67,8 +67,8 @@ class StructuredDropout(LayerCallback):
 
     def __init__(
         self,
-        layers: Layers,
-        regularizer: nn.Module | str | Callable[..., nn.Module],
+        layers: Layers | None = None,
+        regularizer: nn.Module | str | Callable[..., nn.Module] | None = None,
         drop_prob: float | Literal["auto"] | None = None,
         *,
         start: int | float = 0,
@@ -82,10 +82,10 @@ class StructuredDropout(LayerCallback):
             check_choice(
                 "regularizer", regularizer, [name for name in REGULARIZERS if name != "cluster_drop"]
             )
-        elif not callable(regularizer):
+        elif regularizer is None or not callable(regularizer):
             raise TypeError(
                 f"regularizer={regularizer!r}: must be a torch.nn.Module, the name of one, or a callable "
-                f"that makes one, not {type(regularizer).__name__}"
+                f"that makes one, not {type(regularizer).__name__}; give it by name or behind the layers"
             )
         drop_prob = None if drop_prob is None else check_drop_prob(drop_prob)
         source = REGULARIZERS[regularizer] if isinstance(regularizer, str) else regularizer

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from lightning_dropcluster.cli.checkpoints import read_histories, read_image, sa
 from lightning_dropcluster.cli.tables import print_history, print_layers
 from lightning_dropcluster.inspection.preview import Preview, preview
 from lightning_dropcluster.layers.patterns import nearest_names
-from lightning_dropcluster.layers.selection import CONV_LAYERS, WIDEN, select_layers
+from lightning_dropcluster.layers.selection import CONV_LAYERS, select_layers
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -60,8 +61,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except ImportError as error:
         raise SystemExit(str(error)) from error
     except (ValueError, OSError) as error:
-        words = str(error).replace(WIDEN, "add --any-layer")
-        raise SystemExit(f"{_PROG} {parsed.command}: {words}") from error
+        raise SystemExit(f"{_PROG} {parsed.command}: {error}") from error
 
 
 def layers(
@@ -96,15 +96,13 @@ def layers(
     """
     settings = {"num_clusters": num_clusters, "cluster_size": cluster_size, "scope": scope}
     settings |= {"num_samples": num_samples, "sketch_dim": sketch_dim}
-    kinds = None
-    if any_layer:
-        if match is None:
-            raise ValueError("--any-layer: needs --match, or every module would be picked")
-        kinds = nn.Module
-        settings |= {"layers": [_is_conv, *match], "layer_types": kinds}
+    if any_layer and match is None:
+        raise ValueError("--any-layer: needs --match, or every module would be picked")
     shape = parse_size(input)
-    network, found = _look(model, shape, settings)
-    picked = None if match is None else set(select_layers(network, match, kinds))
+    kinds = nn.Module if any_layer else CONV_LAYERS if match is None else None
+    pick = partial(select_layers, layers=match or "**", layer_types=kinds)
+    network, found = _look(model, shape, pick, settings)
+    picked = None if match is None else set(pick(network))
     size = "×".join(map(str, shape or network.default_cfg["input_size"]))
     print_layers(model, size, found, picked, scope=scope, show_all=show_all)
 
@@ -170,17 +168,30 @@ def _with_underscores(word: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
 
 
-def _is_conv(_name: str, module: nn.Module) -> bool:
-    return isinstance(module, CONV_LAYERS)
+def _convs(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if isinstance(module, CONV_LAYERS))
 
 
-def _look(name: str, shape: tuple[int, ...] | None, settings: dict[str, Any]) -> tuple[Any, Preview]:
-    """Build a model and preview layers, all conv layers by default: on the meta device, or in memory."""
+def _look(
+    name: str,
+    shape: tuple[int, ...] | None,
+    pick: Callable[[nn.Module], dict[str, nn.Module]],
+    settings: dict[str, Any],
+) -> tuple[Any, Preview]:
+    """Build a model and preview its conv layers and what is picked: on the meta device, or in memory."""
     for device in ("meta", "cpu"):
         try:
             with torch.device(device):
                 model = _create(name, shape)
-            return model, preview(model, example_input=shape or model.default_cfg["input_size"], **settings)
+            shown = {id(layer) for layer in [*pick(model).values(), *_convs(model)]}
+            found = preview(
+                model,
+                lambda _, module, shown=shown: id(module) in shown,
+                shape or model.default_cfg["input_size"],
+                layer_types=nn.Module,
+                **settings,
+            )
+            return model, found
         except (NotImplementedError, RuntimeError, AssertionError) as error:
             failure = error
     raise ValueError(f"{name}: the model does not run on input={shape or 'its own size'}: {failure}")

@@ -71,7 +71,7 @@ def print_history(history: LayerHistory) -> None:
 def _suggestions(found: Preview) -> Iterator[tuple[str, str]]:
     """Yield titles and arguments to copy."""
     if found.stages:
-        yield "output of each stage but the last", f"{_argument(found.stages)}, layer_types=torch.nn.Module"
+        yield "outputs of all stages but the last; DropCluster() takes them", _argument(found.stages)
     for title, patterns in found.patterns.items():
         yield title, _argument(patterns)
 

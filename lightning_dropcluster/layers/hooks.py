@@ -44,6 +44,7 @@ class LayerHook:
         first_call: whether the next call is the first of its step. Only that one is gathered: a layer may run
             several times in a step, and activation checkpointing runs it again in the backward pass.
         fired: whether the layer has run.
+        num_channels: how many the output must have; ``None`` for any.
         shape: shape without the batch of the last first call, ``None`` before any.
         other_channels: number of channels of a later call, where it was another; ``None`` otherwise.
     """
@@ -55,6 +56,7 @@ class LayerHook:
         self.sketch: Gatherer | None = None
         self.active, self.touches, self.suspended = True, False, False
         self.first_call, self.fired = False, False
+        self.num_channels: int | None = None
         self.shape: tuple[int, ...] | None = None
         self.other_channels: int | None = None
         # A conv says how many dimensions a batch has; of other layers anything with a batch will do.
@@ -73,7 +75,8 @@ class LayerHook:
 
         Raises:
             TypeError: where the output is no floating-point tensor.
-            ValueError: where it is no batch, or the regulariser returns no tensor of its shape.
+            ValueError: where it is no batch or has other channels than it must, or the regulariser returns no
+                tensor of its shape.
         """
         if not (module.training or self.in_eval) or self.suspended:
             return None
@@ -96,6 +99,12 @@ class LayerHook:
             raise ValueError(
                 f"layers: the output of {self.name!r} has shape {tuple(output.shape)}; "
                 f"it must be a batch, of {self.num_dims or 'at least 2'} dimensions"
+            )
+
+        if self.num_channels not in (None, output.shape[1]):
+            raise ValueError(
+                f"layers=None: takes {self.name!r} for a stage of {self.num_channels} channels, but its "
+                f"output has shape {tuple(output.shape)}, not (N, C, *spatial); name layers whose output has"
             )
 
     def _gather(self, x: Tensor) -> None:

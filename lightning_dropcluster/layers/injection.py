@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -162,9 +163,9 @@ def forget_compiled_code() -> None:
 def _put_first(layer: nn.Module, hook: LayerHook) -> RemovableHandle:
     """Register a hook before all others but torch's own."""
     handle = layer.register_forward_hook(hook, prepend=True)
-    of_torch = [key for key, other in layer._forward_hooks.items() if _is_of_torch(other)]
-    for key in reversed(of_torch):
-        layer._forward_hooks.move_to_end(key, last=False)
+    hooks: Any = layer._forward_hooks  # an OrderedDict, though torch declares less
+    for key in reversed([key for key, other in hooks.items() if _is_of_torch(other)]):
+        hooks.move_to_end(key, last=False)
     return handle
 
 

@@ -5,6 +5,16 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+CONV_LAYERS: tuple[type[nn.Module], ...] = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+"""The layer types that patterns pick where they match any (subclasses included)."""
+
 LEARNED_CHILD = "structured_dropout"
 """What a learned regulariser is called inside its layer; it is no layer of the model itself."""
 

@@ -519,6 +519,7 @@ def test_ranks(regularizer, tmp_path):
 # What a user can get wrong
 
 ARGUMENTS = [
+    (None, {}, TypeError, r"regularizer=None: must be a torch.nn.Module, .* give it by name"),
     (3, {}, TypeError, r"regularizer=3: must be a torch.nn.Module, .* not int"),
     ("drop_blok", {}, ValueError, "regularizer='drop_blok': must be one of .*drop_block"),
     ("cluster_drop", {}, ValueError, "regularizer='cluster_drop': must be one of advanced_dropout"),
@@ -530,6 +531,7 @@ ARGUMENTS = [
     (nn.Dropout2d(), {"schedule": "linear"}, ValueError, "schedule='linear': Dropout2d has no"),
     ("drop_block", {"layers": []}, ValueError, r"layers=\[\]"),
     ("drop_block", {"layer_types": int}, TypeError, "layer_types="),
+    ("drop_block", {"layers": None, "layer_types": nn.ReLU}, ValueError, "layer_types=.*: needs layers"),
 ]
 
 
@@ -576,7 +578,7 @@ FITS = [
         ValueError,
         r"MaxPool2d must return a tensor of shape \(8, 64, 16, 16\) .* \(8, 64",
     ),
-    (nn.Dropout2d(), {"layers": "act1"}, ValueError, "layers='act1' matches no conv layer"),
+    (nn.Dropout2d(), {"layers": "act9"}, ValueError, "layers='act9' matches no layer"),
     (
         nn.Dropout2d(),
         {"layers": "idle"},

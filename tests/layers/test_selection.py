@@ -47,10 +47,10 @@ def build(tree: dict | str) -> nn.Module:
     return nn.Conv1d(1, 1, 1) if tree == "conv" else nn.ReLU()
 
 
-def conv_names(tree: dict | str, path: tuple[str, ...] = ()) -> list[str]:
+def conv_names(tree: dict | str, path: tuple[str, ...] = (), kind: str = "conv") -> list[str]:
     if isinstance(tree, dict):
-        return [found for name, inner in tree.items() for found in conv_names(inner, (*path, name))]
-    return [".".join(path)] if tree == "conv" else []
+        return [found for name, inner in tree.items() for found in conv_names(inner, (*path, name), kind)]
+    return [".".join(path)] if tree == kind else []
 
 
 def fits(name: list[str], pattern: list[str]) -> bool:
@@ -102,7 +102,10 @@ def in_module(model: nn.Module) -> nn.Module:
 @relaxed
 @given(TREES, GLOBS)
 def test_a_glob_picks_what_segment_wise_fnmatch_picks(tree, glob):
-    model, answer, pattern = build(tree), expected(conv_names(tree), glob), ".".join(glob)
+    model, pattern = build(tree), ".".join(glob)
+    answer = expected(conv_names(tree), glob)
+    if answer == "matches no":  # conv layer; then what it names
+        answer = expected(conv_names(tree, kind="act"), glob)
     if isinstance(answer, list):
         assert picked(model, pattern) == answer
     else:
@@ -213,7 +216,7 @@ def test_each_pattern_of_a_list_finds_its_own_child():
 
 
 def test_grandchildren_are_not_searched():
-    with pytest.raises(ValueError, match=r"'conv1' matches no layer; nearest .*system\.model\.conv1"):
+    with pytest.raises(ValueError, match=r"'conv1' matches no layer; nearest: system\.model\.conv1"):
         select_layers(nn.ModuleDict({"system": in_module(small_resnet())}), "conv1")
 
 
@@ -361,7 +364,7 @@ def test_a_shared_module_appears_once_under_the_first_name_picked():
 # Errors
 
 
-@pytest.mark.parametrize("layers", [3, None, {"conv1"}, nn.Conv2d, nn.ReLU(), ["conv1", 3], [["conv1"]]])
+@pytest.mark.parametrize("layers", [3, {"conv1"}, nn.Conv2d, nn.ReLU(), ["conv1", 3], [["conv1"]]])
 def test_what_is_no_pattern_is_a_type_error(layers):
     with pytest.raises(TypeError, match=r"layers=.*: a pattern is a string or a callable"):
         select_layers(small_resnet(), layers)
@@ -411,18 +414,17 @@ def test_an_empty_list_of_layer_types_is_refused():
     ],
 )
 def test_no_match_lists_the_nearest_names_first(pattern, nearest):
-    message = f"layers={pattern!r} matches no layer; nearest conv layers: {nearest}, "
+    message = f"layers={pattern!r} matches no layer; nearest: {nearest}, "
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         select_layers(in_module(small_resnet()), pattern)
 
 
-@pytest.mark.parametrize("wrap", [in_module, lambda model: model])
-def test_a_match_of_another_type_is_named_with_the_way_to_pick_it(wrap):
+def test_a_match_of_another_type_is_named_with_the_way_to_pick_it():
     message = (
         r"layers='bn1' matches no conv layer, only .*bn1 \(BatchNorm2d\); for other layers give layer_types="
     )
     with pytest.raises(ValueError, match=message):
-        select_layers(wrap(small_resnet()), "bn1")
+        select_layers(in_module(small_resnet()), "bn1", CONV_LAYERS)
 
 
 def test_a_match_of_a_block_lists_the_layers_inside():
@@ -430,7 +432,47 @@ def test_a_match_of_a_block_lists_the_layers_inside():
         r"only layer1 \(Sequential\); layers inside: layer1.0.conv1, .*\(write 'layer1.\*\*' to pick them"
     )
     with pytest.raises(ValueError, match=message):
-        select_layers(small_resnet(), "layer1")
+        select_layers(small_resnet(), "layer1", CONV_LAYERS)
+
+
+# Modules that a pattern names
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("layer[12]", ["layer1", "layer2"]),
+        ("layer2.*", ["layer2.0", "layer2.1"]),
+        ("**.act", [f"layer{n}.{m}.act" for n in (1, 2) for m in (0, 1)]),
+        (["conv1", "bn1"], ["conv1", "bn1"]),
+        ("re:^fc$", ["fc"]),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_pattern_that_matches_no_conv_layer_takes_what_it_names(pattern, names, prefix):
+    model = in_module(small_resnet()) if prefix else small_resnet()
+    assert picked(model, pattern) == [prefix + name for name in names]
+
+
+def test_a_callable_is_asked_about_conv_layers_alone():
+    with pytest.raises(ValueError, match="matches no layer; nearest conv layers"):
+        select_layers(small_resnet(), lambda name, module: name == "layer1")
+
+
+def test_lists_are_named_with_the_layers_inside():
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(1, 1)])})
+    with pytest.raises(
+        ValueError, match=r"no layer that runs, only blocks \(ModuleList\); layers inside: blocks.0"
+    ):
+        select_layers(model, "blocks")
+
+
+def test_modules_inside_one_another_are_not_both_meant():
+    model = nn.Sequential(nn.Sequential(nn.Linear(1, 1)), nn.ReLU())
+    with pytest.raises(
+        ValueError, match=r"'\*\*' matches no conv layer, and .* such as 0.0 in 0; name those"
+    ):
+        select_layers(model, "**")
 
 
 def test_other_layer_types_are_named_in_the_error():
@@ -444,8 +486,8 @@ def test_where_any_module_may_be_picked_modules_are_nearest():
 
 
 def test_a_model_without_layers_says_so():
-    with pytest.raises(ValueError, match="layers='conv' matches no layer; nearest conv layers: none"):
-        select_layers(nn.ModuleDict({"fc": nn.Linear(1, 1)}), "conv")
+    with pytest.raises(ValueError, match="layers='conv' matches no layer; nearest: none"):
+        select_layers(nn.ModuleDict({}), "conv")
 
 
 def test_one_pattern_of_a_list_that_picks_nothing_is_an_error():
