@@ -57,7 +57,14 @@ class StepScope:
         self._hooks = {}
 
     def set_suspended(self, suspended: bool) -> bool:
-        """Switch the hooks, and return how they were."""
+        """Switch the hooks.
+
+        Args:
+            suspended: how they are to be.
+
+        Returns:
+            How they were.
+        """
         before = all(hook.suspended for hook in self._hooks.values())
         for hook in self._hooks.values():
             hook.suspended = suspended

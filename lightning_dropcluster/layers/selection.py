@@ -184,7 +184,7 @@ def _pick(
     """Apply one pattern: to layers of these types; without types to conv layers, else to what it names."""
     found = _search(names, pattern, types or CONV_LAYERS)
     if not found and types is None and isinstance(pattern, str):
-        found = _search(_that_run(names), pattern, (nn.Module,))
+        found = _search(_with_maps(names), pattern, (nn.Module,))
         for outer, inner in ((o, n) for o in found for n in found if n.startswith(f"{o}.")):
             raise ValueError(
                 f"layers={pattern!r} matches no conv layer, and modules inside one another, such as {inner} "
@@ -216,10 +216,10 @@ def _search(names: dict[str, nn.Module], pattern: Pattern, types: tuple[type[nn.
     return next(iter(by_child.values()), [])  # of one child, or of one module that has several names
 
 
-def _that_run(names: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Leave out lists and the like, which only hold other modules."""
-    holders = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-    return {name: module for name, module in names.items() if not isinstance(module, holders)}
+def _with_maps(names: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Leave out what is known to give no maps: linear layers, and lists and the like, which do not run."""
+    others = (nn.Linear, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+    return {name: module for name, module in names.items() if not isinstance(adapted_layer(module), others)}
 
 
 def _predicate(pattern: Pattern) -> Callable[[str, nn.Module], bool]:
@@ -243,7 +243,7 @@ def _explain_no_match(
     """Say why a pattern picked nothing, and what would have been near."""
     may_name = types is None and isinstance(pattern, str)
     allowed = types or ((nn.Module,) if may_name else CONV_LAYERS)
-    there = _that_run(names) if may_name else names
+    there = _with_maps(names) if may_name else names
     candidates = [
         name for name, module in there.items() if name and isinstance(adapted_layer(module), allowed)
     ]
@@ -254,13 +254,13 @@ def _explain_no_match(
     )
     if others:
         kinds = ", ".join(f"{name} ({called[type(names[name])]})" for name in others[:3])
-        head = f"layers={pattern!r} matches no {kind}layer{' that runs' * may_name}, only {kinds}"
+        head = f"layers={pattern!r} matches no {kind}layer{' that gives maps' * may_name}, only {kinds}"
         inside = [n for n in candidates if any(n.startswith(other + ".") for other in others)]
         widen = "" if may_name else f"; for its own output {_WIDEN}"
         if inside:
             advice = "" if str(pattern).startswith("re:") else f" (write '{pattern}.**' to pick them)"
             return f"{head}; layers inside: {', '.join(inside[:5])}{advice}{widen}"
-        head += "" if may_name else f"; for other layers {_WIDEN}"
+        head += f"; for other layers {_WIDEN}"
     else:
         head = f"layers={pattern!r} matches no layer"
     nearest = (

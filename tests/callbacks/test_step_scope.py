@@ -73,8 +73,9 @@ def run_elsewhere(*names: str) -> pl.Callback:
 
 def make_callback(kind: str) -> pl.Callback:
     if kind == "structured":
-        return StructuredDropout("conv1", nn.Dropout2d())
-    return DropCluster("conv1", 0.5, start=0.0, schedule="constant", num_samples=16, num_clusters=4)
+        return StructuredDropout("conv1", nn.Dropout2d(), clean_statistics=False)
+    options = {"start": 0.0, "schedule": "constant", "num_samples": 16, "num_clusters": 4}
+    return DropCluster("conv1", 0.5, clean_statistics=False, **options)
 
 
 @pytest.mark.parametrize("make", [Classifier, Manual, Closures], ids=lambda make: make.__name__)
@@ -102,7 +103,10 @@ def test_what_other_callbacks_run_is_not_gathered(loader):
 def test_two_callbacks_share_the_step(loader):
     module = Classifier()
     seen = watch(module)
-    callbacks = [StructuredDropout(stage, nn.Dropout2d()) for stage in ("conv1", "layer1.*.conv1")]
+    callbacks = [
+        StructuredDropout(stage, nn.Dropout2d(), clean_statistics=False)
+        for stage in ("conv1", "layer1.*.conv1")
+    ]
     trainer = make_trainer(*callbacks, run_elsewhere("on_before_optimizer_step"), max_epochs=1)
     trainer.fit(module, loader)
     assert seen == [True, False] * 4
@@ -164,7 +168,7 @@ class Spread(Classifier):
 def test_a_regulariser_is_where_the_activation_is(loader, regularizer):
     module = Spread()
     seen = watch(module)
-    callback = StructuredDropout(["far", "model.conv1"], regularizer, start=0.25)
+    callback = StructuredDropout(["far", "model.conv1"], regularizer, start=0.25, clean_statistics=False)
     make_trainer(callback).fit(module, loader)
     devices = [next(made.buffers()).device.type for made in callback.regularizers.values()]
     assert devices == ["cpu", "meta"]
