@@ -48,15 +48,17 @@ def in_mid_fit(act) -> None:
     """Fit, and act within a step that drops, between its forward and its backward pass."""
     callback, acted = make_callback(), []
 
-    class Act(pl.Callback):
-        def on_before_backward(self, trainer, pl_module, loss):
+    class Acting(Classifier):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
             if callback.drop_prob_now and not acted:
-                assert count_hooks(pl_module) == len(callback.labels)
-                act(pl_module.model)
+                assert count_hooks(self) == len(callback.labels)
+                act(self.model)
                 acted.append(True)
+            return loss
 
-    module = Classifier()
-    make_trainer(callback, Act(), max_epochs=2).fit(module, make_loader())
+    module = Acting()
+    make_trainer(callback, max_epochs=2).fit(module, make_loader())
     assert acted
     assert all(torch.tensor(module.losses).isfinite())
 
@@ -201,12 +203,15 @@ def test_onnx_export_of_a_copy_in_mid_fit(x, tmp_path, dynamo):
 
 
 @LEGACY_EXPORTERS
-def test_jit_trace_of_a_copy_in_mid_fit(x):
+@pytest.mark.parametrize(
+    "compile_copy", [lambda model, x: torch.jit.trace(model, x), lambda m, x: torch.jit.script(m)]
+)
+def test_jit_of_a_copy_in_mid_fit(x, compile_copy):
     def act(attached):
         model, plain = copy.deepcopy(attached).eval(), plain_twin(attached)
-        traced = torch.jit.trace(model, x)
-        assert traced_ops(traced) == traced_ops(torch.jit.trace(plain, x))
-        assert torch.equal(traced(x), plain(x))
+        made = compile_copy(model, x)
+        assert traced_ops(made) == traced_ops(compile_copy(plain, x))
+        assert torch.equal(made(x), plain(x))
 
     in_mid_fit(act)
 
@@ -222,5 +227,16 @@ def test_export_of_the_attached_model_itself_in_eval_mode(x):
         assert any("rand" in op for op in in_training)
         assert ops == exported_ops(plain, x)[0]
         assert torch.equal(program.module()(x), plain(x))
+
+    in_mid_fit(act)
+
+
+@LEGACY_EXPORTERS
+def test_jit_trace_of_the_attached_model_itself_in_eval_mode(x):
+    def act(attached):
+        traced, plain = torch.jit.trace(attached.eval(), x), plain_twin(attached)
+        attached.train()
+        assert traced_ops(traced) == traced_ops(torch.jit.trace(plain, x))
+        assert torch.equal(traced(x), plain(x))
 
     in_mid_fit(act)

@@ -1,6 +1,7 @@
 """What the callbacks share: when to attach, to step and to let go. The only file that imports Lightning."""
 
 import importlib
+import logging
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from lightning_dropcluster import ranks
 from lightning_dropcluster.callbacks.auto_drop_prob import AutoDropProb
 from lightning_dropcluster.callbacks.schedule import Schedule, TrainingPosition
+from lightning_dropcluster.callbacks.step_scope import StepScope, suspend
 from lightning_dropcluster.checks import check_bool, check_number, check_text
-from lightning_dropcluster.layers.injection import unused_layers_error
+from lightning_dropcluster.layers.injection import backward_hook_warning, unused_layers_error
 from lightning_dropcluster.layers.norm_statistics import NormStatistics, is_clean_step
 from lightning_dropcluster.layers.selection import (
     Layers,
@@ -20,6 +22,7 @@ from lightning_dropcluster.layers.selection import (
     check_patterns,
     select_layers,
 )
+from lightning_dropcluster.layers.stages import default_layers
 from lightning_dropcluster.learning.state import check_clean_steps
 
 if TYPE_CHECKING:
@@ -40,6 +43,9 @@ else:
 
     _Base = type("_Base", _callback_bases(), {})
 
+# Lightning's own logger, which is shown.
+_log = logging.getLogger(_Base.__mro__[1].__module__.partition(".callbacks")[0])
+
 
 class LayerCallback(_Base):
     """A callback that drops in chosen layers, to the measure of a schedule, and leaves nothing attached.
@@ -49,7 +55,7 @@ class LayerCallback(_Base):
 
     Args:
         layers: which layers, see `select_layers`.
-        layer_types: the module types that patterns may pick; conv layers where it is ``None``.
+        layer_types: the module types that patterns may pick, see `select_layers`.
         schedule: from the trainer's counters to the part of drop_prob in use.
         drop_prob: at the end of the schedule; ``"auto"`` follows ``monitor``; ``None`` where the layers know.
         monitor: the validation loss that ``"auto"`` looks at.
@@ -66,7 +72,7 @@ class LayerCallback(_Base):
 
     def __init__(
         self,
-        layers: Layers,
+        layers: Layers | None,
         layer_types: LayerTypes | None,
         schedule: Schedule,
         *,
@@ -76,7 +82,10 @@ class LayerCallback(_Base):
         clean_statistics: bool,
     ) -> None:
         super().__init__()
-        check_patterns(layers)
+        if layers is not None:
+            check_patterns(layers)
+        elif layer_types is not None:
+            raise ValueError(f"layer_types={layer_types!r}: needs layers; without them stages are taken")
         check_layer_types(layer_types)
         check_text("monitor", monitor)
         max_drop_prob = check_number("max_drop_prob", max_drop_prob, 0, 1, high_open=True)
@@ -94,6 +103,7 @@ class LayerCallback(_Base):
         self._was_loaded = False
         self._is_fresh = self._saw_first_batch = False
         self._log_prefix = self.log_name
+        self._scope = StepScope()
 
     @property
     def drop_prob_now(self) -> float:
@@ -119,6 +129,9 @@ class LayerCallback(_Base):
         self._hooked = modules
         self._attach(trainer, pl_module)
         self._attach_statistics(trainer, pl_module)
+        suspend(self._layers.hooks)
+        if self.layers is None:
+            self._expect_stages(pl_module)
         self._check_start(trainer)
         self._apply_loaded()
 
@@ -128,6 +141,8 @@ class LayerCallback(_Base):
         if trainer.ckpt_path and not self._was_loaded:
             self._warn(f"the checkpoint has no state of this callback ({self.state_key}); it starts afresh")
         self._was_loaded = False
+        if warning := backward_hook_warning(self._hooked):
+            self._warn(warning)
         is_one_epoch = trainer.max_epochs == 1 and trainer.max_steps == -1
         if is_one_epoch and math.isinf(trainer.num_training_batches) and self._schedule.follows_length:
             self._warn(
@@ -150,6 +165,7 @@ class LayerCallback(_Base):
         self._drop_prob_now = self._begin_step(fraction, is_due, is_clean)
         self._drops = self._drop_prob_now != 0.0 and not is_clean
         self._statistics.begin_step(self._drops)
+        self._scope.open(trainer.strategy, self._layers.hooks)
         if not (trainer.barebones or math.isnan(self._drop_prob_now)):
             pl_module.log(f"{self._log_prefix}/drop_prob", self._drop_prob_now, batch_size=1)
 
@@ -161,6 +177,7 @@ class LayerCallback(_Base):
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Fail where a layer of a new training has not run in a whole epoch; before the start, warn."""
+        self._scope.close()
         self._layers.pause()
         self._statistics.end_step()
         if self._auto is not None and not self._drops:
@@ -176,6 +193,7 @@ class LayerCallback(_Base):
 
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Drop nothing where the last batch was skipped, and so never ended."""
+        self._scope.close()
         self._layers.pause()
         self._statistics.cancel_step()
 
@@ -220,10 +238,11 @@ class LayerCallback(_Base):
         self._forget_loaded()
 
     def detach(self) -> None:
-        """Take all hooks off; labels stay, and learned regularisers stay in the model.
+        """Take all hooks off; labels stay.
 
         Nothing happens where no hook is on.
         """
+        self._scope.close()
         self._layers.detach()
         self._statistics.cancel_step()
         self._statistics = NormStatistics(self._statistics.left_out)
@@ -278,10 +297,14 @@ class LayerCallback(_Base):
 
     def _key(self, **settings: Any) -> str:
         """Make what a checkpoint files the state under: equal for equal layers and settings."""
-        patterns = [
-            p if isinstance(p, str) else getattr(p, "__qualname__", type(p).__name__)
-            for p in check_patterns(self.layers)
-        ]
+        patterns = (
+            None
+            if self.layers is None
+            else [
+                p if isinstance(p, str) else getattr(p, "__qualname__", type(p).__name__)
+                for p in check_patterns(self.layers)
+            ]
+        )
         if self.layer_types is not None:
             settings["layer_types"] = [kind.__qualname__ for kind in check_layer_types(self.layer_types)]
         return self._generate_state_key(layers=patterns, **settings)
@@ -367,6 +390,14 @@ class LayerCallback(_Base):
     def _others_before(self, trainer: "Trainer") -> "list[LayerCallback]":
         return [other for other in self._listed_before(trainer) if isinstance(other, LayerCallback)]
 
+    def _expect_stages(self, pl_module: nn.Module) -> None:
+        """Say which layers were picked without a pattern, and have their outputs checked."""
+        for name, num_channels in default_layers(pl_module).items():
+            self._layers.hooks[name].num_channels = num_channels
+        names = ", ".join(map(repr, self._hooked))
+        if ranks.rank() == 0:
+            _log.info(f"{type(self).__name__}: layers=None takes the outputs of stages, layers=[{names}]")
+
     def _listed_before(self, trainer: "Trainer") -> list[Any]:
         """List the callbacks before this one; all where another callback holds it."""
         every: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
@@ -388,12 +419,25 @@ class LayerCallback(_Base):
                 f"layers {', '.join(gone)} are no longer part of the model, so nothing is dropped or "
                 "gathered there; replace or fuse layers before fit, or fit again"
             )
-        idle = [name for name, module in self._hooked.items() if not module.training]
-        if idle:
-            self._warn(
-                f"layers {', '.join(idle)} are in eval mode in a training step, so nothing is dropped or "
-                "gathered there; call .train() on them"
-            )
+        idle = {name: module for name, module in self._hooked.items() if not module.training}
+        frozen = [name for name, module in idle.items() if _is_frozen(pl_module, name, module)]
+        for names, what, advice in (
+            (
+                frozen,
+                "frozen and in eval mode",
+                "leave them out by naming the child that trains in the pattern",
+            ),
+            (
+                [n for n in idle if n not in frozen],
+                "in eval mode",
+                "call .train() on them, or leave them out",
+            ),
+        ):
+            if names:
+                self._warn(
+                    f"layers {', '.join(names)} are {what} in a training step, so nothing is dropped or "
+                    f"gathered there; {advice}"
+                )
 
     def _warn(self, message: str) -> None:
         ranks.warn(message, type(self).__name__)
@@ -404,6 +448,13 @@ def check_drop_prob(drop_prob: Any) -> Any:
     if isinstance(drop_prob, str) and drop_prob != "auto":
         raise TypeError(f"drop_prob={drop_prob!r}: must be a number in [0, 1) or 'auto'")
     return drop_prob if drop_prob == "auto" else check_number("drop_prob", drop_prob, 0, 1, high_open=True)
+
+
+def _is_frozen(root: nn.Module, name: str, layer: nn.Module) -> bool:
+    """Whether nothing of a layer is learned; an activation, of its own, has nothing: its child's count."""
+    child = getattr(root, name.partition(".")[0], layer)
+    weights = list(layer.parameters()) or list(child.parameters() if isinstance(child, nn.Module) else ())
+    return bool(weights) and not any(weight.requires_grad for weight in weights)
 
 
 def is_trial(trainer: "Trainer") -> bool:

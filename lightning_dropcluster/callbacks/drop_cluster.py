@@ -48,7 +48,8 @@ class DropCluster(LayerCallback):
     Args:
         layers: which layers: a glob over module names such as ``"conv1"`` or ``"layer[12].*.conv2"`` (``*``
             stays inside a segment, ``**`` crosses dots), a regular expression after ``"re:"``, a callable
-            (name, module) -> bool, or a list of these. See `select_layers`.
+            (name, module) -> bool, or a list of these. ``None`` takes the outputs of all stages but the last
+            of the one timm model inside, and logs which. See `select_layers`.
         drop_prob: probability in [0, 1) that a cluster, and so each of its features, is dropped once the
             schedule has reached its end. ``"auto"`` follows how much the network overfits: after each
             validation it moves half the way to (gap - 0.1) / 0.9, where the gap is (validation loss -
@@ -86,7 +87,8 @@ class DropCluster(LayerCallback):
         clean_statistics: let BatchNorm's running averages follow one step in eight, which drops nothing, so
             that they fit evaluation (https://arxiv.org/abs/1801.05134). Models without such averages are
             trained as without it.
-        layer_types: the module types that patterns may pick; conv layers where it is ``None``.
+        layer_types: the module types that patterns may pick; where it is ``None``, conv layers if a pattern
+            matches any, else the modules that it names.
         initial_labels: labels to start from, as ``labels`` gives them, or the path of a checkpoint of an
             earlier run. Where they are there for every chosen layer they take the place of the first
             clustering.
@@ -102,7 +104,7 @@ class DropCluster(LayerCallback):
 
     Example:
         >>> from pytorch_lightning import Trainer
-        >>> trainer = Trainer(callbacks=[DropCluster("conv1", drop_prob=0.15)], logger=False)
+        >>> trainer = Trainer(callbacks=[DropCluster()], logger=False)
     """
 
     log_name = "dropcluster"
@@ -110,7 +112,7 @@ class DropCluster(LayerCallback):
 
     def __init__(
         self,
-        layers: Layers,
+        layers: Layers | None = None,
         drop_prob: float | Literal["auto"] = 0.15,
         *,
         num_clusters: int | None = None,

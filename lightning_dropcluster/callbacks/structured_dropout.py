@@ -27,13 +27,15 @@ class StructuredDropout(LayerCallback):
     stays after ``fit``. Where it has a method ``set_drop_prob(float)``, as those of `REGULARIZERS` with a
     drop probability have, that follows the schedule.
 
-    A regulariser with parameters is learned with the model. In ``setup`` it becomes a child of its layer,
-    ``<layer>.structured_dropout``, where the optimiser, the device and the checkpoint find it, and it stays
-    there after ``fit``, without effect, until `unregister` takes it out. Before ``start`` its parameters are
-    unused, which DDP refuses unless it is told to find unused parameters.
+    A regulariser with parameters is learned with the model. During ``fit`` it is a child of its layer,
+    ``<layer>.structured_dropout``, where optimiser, device and strategy find it. Its parameters are saved in
+    the state of this callback and not in the model's ``state_dict``, so that checkpoints load into the plain
+    model. The optimiser's state does count them: to resume from a checkpoint takes this callback if the
+    checkpoint was written with it, and goes without it otherwise. Before ``start`` the parameters are unused,
+    which DDP refuses unless it is told to find unused parameters.
 
     Args:
-        layers: which layers, as in `DropCluster`.
+        layers: which layers, as in `DropCluster`; ``None`` takes the outputs of stages.
         regularizer: a module, copied for each layer; a name in `REGULARIZERS` but ``"cluster_drop"``, which
             needs labels; or a class or function that makes a module, of nothing or of one argument, the
             layer's number of channels.
@@ -46,7 +48,7 @@ class StructuredDropout(LayerCallback):
             ``set_drop_prob``; others are applied as they are from ``start`` on.
         clean_statistics: let BatchNorm's running averages follow one step in eight, which drops nothing; see
             `DropCluster`.
-        layer_types: the module types that patterns may pick; conv layers where it is ``None``.
+        layer_types: as in `DropCluster`.
         monitor: the validation loss that ``drop_prob="auto"`` looks at.
         max_drop_prob: the most that ``drop_prob="auto"`` drops, in [0, 1).
 
@@ -65,8 +67,8 @@ class StructuredDropout(LayerCallback):
 
     def __init__(
         self,
-        layers: Layers,
-        regularizer: nn.Module | str | Callable[..., nn.Module],
+        layers: Layers | None = None,
+        regularizer: nn.Module | str | Callable[..., nn.Module] | None = None,
         drop_prob: float | Literal["auto"] | None = None,
         *,
         start: int | float = 0,
@@ -80,10 +82,10 @@ class StructuredDropout(LayerCallback):
             check_choice(
                 "regularizer", regularizer, [name for name in REGULARIZERS if name != "cluster_drop"]
             )
-        elif not callable(regularizer):
+        elif regularizer is None or not callable(regularizer):
             raise TypeError(
                 f"regularizer={regularizer!r}: must be a torch.nn.Module, the name of one, or a callable "
-                f"that makes one, not {type(regularizer).__name__}"
+                f"that makes one, not {type(regularizer).__name__}; give it by name or behind the layers"
             )
         drop_prob = None if drop_prob is None else check_drop_prob(drop_prob)
         source = REGULARIZERS[regularizer] if isinstance(regularizer, str) else regularizer
@@ -119,15 +121,21 @@ class StructuredDropout(LayerCallback):
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Register learned regularisers, before the strategy and the optimiser look for parameters."""
         super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
         modules: dict[str, nn.Module] = {}
         with suppress(ValueError):  # some models come to be in configure_model; on_fit_start looks again
             modules = select_layers(pl_module, self.layers, self.layer_types)
         self._layers.register(modules)
         self._check_copies(trainer)
 
+    def _reset(self) -> None:
+        super()._reset()
+        self._layers.forget({})
+
     def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if trainer.global_step == 0 and self._loaded is None:
-            self._reset()
+            super()._reset()
             self._layers.forget(self._hooked)
         self._layers.attach(self._hooked, pl_module.device)
         for regularizer in self._layers.regularizers.values():
@@ -139,13 +147,37 @@ class StructuredDropout(LayerCallback):
         own = self.drop_prob is None
         return self._layers.begin_step(fraction, None if own else self._full_drop_prob, is_clean=is_clean)
 
+    def on_exception(
+        self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
+    ) -> None:
+        """Leave nothing attached, and the model's parameters as they were."""
+        super().on_exception(trainer, pl_module, exception)
+        unregister(pl_module)
+
+    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Leave nothing attached, and the model's parameters as they were."""
+        super().teardown(trainer, pl_module, stage)
+        if stage == "fit":
+            unregister(pl_module)
+
+    def on_load_checkpoint(
+        self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse to resume where the optimiser would not know of the regularisers' parameters."""
+        is_resumed = trainer.state.fn == "fit" and checkpoint.get("optimizer_states")
+        if is_resumed and self._layers.are_learned and self.state_key not in checkpoint["callbacks"]:
+            raise ValueError(
+                f"ckpt_path: was written without regularizer={self.regularizer!r}, so its optimiser knows "
+                "nothing of the regulariser's parameters; load the checkpoint's weights into the model and "
+                "fit without ckpt_path, or resume without this callback"
+            )
+
     # Learned regularisers
 
     def register(self, model: nn.Module) -> None:
         """Put regularisers that have parameters into their layers, as ``setup`` does.
 
-        Call it yourself at the end of ``configure_model`` where that makes the layers, and before ``fit``
-        with ``strategy="ddp_spawn"``, whose processes send all weights back.
+        Call it yourself at the end of ``configure_model`` where that makes the layers.
 
         Args:
             model: the LightningModule.
@@ -156,10 +188,10 @@ class StructuredDropout(LayerCallback):
         self._layers.register(select_layers(model, self.layers, self.layer_types))
 
     def unregister(self, model: nn.Module) -> None:
-        """Take learned regularisers out of a model after training: its state_dict is the plain one again.
+        """Take learned regularisers out of a copy of a model that was made during ``fit``.
 
         Args:
-            model: the LightningModule, a copy of it, or the bare model that it holds.
+            model: the copy, of the LightningModule or of the bare model that it holds.
         """
         unregister(model)
 

@@ -55,10 +55,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except ImportError as error:
         raise SystemExit(str(error)) from error
     except (ValueError, OSError) as error:
-        from lightning_dropcluster.layers.selection import WIDEN
-
-        words = str(error).replace(WIDEN, "add --any-layer")
-        raise SystemExit(f"{_PROG} {parsed.command}: {words}") from error
+        raise SystemExit(f"{_PROG} {parsed.command}: {error}") from error
 
 
 def run() -> NoReturn:

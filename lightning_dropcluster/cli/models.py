@@ -1,5 +1,7 @@
 """The layers of a timm model, as the command line lists them."""
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import timm
@@ -22,29 +24,40 @@ def show_layers(
     settings: dict[str, Any],
 ) -> None:
     """Print a model's conv layers and what patterns pick."""
-    kinds = None
-    if any_layer:
-        if match is None:
-            raise ValueError("--any-layer: needs --match, or every module would be picked")
-        kinds = nn.Module
-        settings = settings | {"layers": [_is_conv, *match], "layer_types": kinds}
-    network, found = _look(name, shape, settings)
-    picked = None if match is None else set(select_layers(network, match, kinds))
+    if any_layer and match is None:
+        raise ValueError("--any-layer: needs --match, or every module would be picked")
+    kinds = nn.Module if any_layer else CONV_LAYERS if match is None else None
+    pick = partial(select_layers, layers=match or "**", layer_types=kinds)
+    network, found = _look(name, shape, pick, settings)
+    picked = None if match is None else set(pick(network))
     size = "×".join(map(str, shape or network.default_cfg["input_size"]))
     print_layers(name, size, found, picked, scope=settings["scope"], show_all=show_all)
 
 
-def _is_conv(_name: str, module: nn.Module) -> bool:
-    return isinstance(module, CONV_LAYERS)
+def _convs(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if isinstance(module, CONV_LAYERS))
 
 
-def _look(name: str, shape: tuple[int, ...] | None, settings: dict[str, Any]) -> tuple[Any, Preview]:
-    """Build a model and preview layers, all conv layers by default: on the meta device, or in memory."""
+def _look(
+    name: str,
+    shape: tuple[int, ...] | None,
+    pick: Callable[[nn.Module], dict[str, nn.Module]],
+    settings: dict[str, Any],
+) -> tuple[Any, Preview]:
+    """Build a model and preview its conv layers and what is picked: on the meta device, or in memory."""
     for device in ("meta", "cpu"):
         try:
             with torch.device(device):
                 model = _create(name, shape)
-            return model, preview(model, example_input=shape or model.default_cfg["input_size"], **settings)
+            shown = {id(layer) for layer in [*pick(model).values(), *_convs(model)]}
+            found = preview(
+                model,
+                lambda _, module, shown=shown: id(module) in shown,
+                shape or model.default_cfg["input_size"],
+                layer_types=nn.Module,
+                **settings,
+            )
+            return model, found
         except (NotImplementedError, RuntimeError, AssertionError) as error:
             failure = error
     raise ValueError(f"{name}: the model does not run on input={shape or 'its own size'}: {failure}")

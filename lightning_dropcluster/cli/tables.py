@@ -54,7 +54,7 @@ def print_layers(
 def _suggestions(found: Preview) -> Iterator[tuple[str, str]]:
     """Yield titles and arguments to copy."""
     if found.stages:
-        yield "output of each stage but the last", f"{_argument(found.stages)}, layer_types=torch.nn.Module"
+        yield "outputs of all stages but the last; DropCluster() takes them", _argument(found.stages)
     for title, patterns in found.patterns.items():
         yield title, _argument(patterns)
 

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_dropcluster.checks import MAX_INT, check_number
 from lightning_dropcluster.inspection.suggestions import suggest_patterns, suggest_stages
 from lightning_dropcluster.inspection.tracing import Call, trace
-from lightning_dropcluster.layers.selection import Layers, LayerTypes, select_layers
+from lightning_dropcluster.layers.selection import CONV_LAYERS, Layers, LayerTypes, select_layers
 from lightning_dropcluster.learning.scopes import SCOPES, Grouping, Shape
 from lightning_dropcluster.learning.sketch import Sketch
 
@@ -75,8 +75,8 @@ class Preview:
     Args:
         layers: the layers picked, in the order of ``named_modules()``.
         patterns: common choices in this model, title to patterns for ``layers=``.
-        stages: names of the stages but the last, as far as timm tells them, for ``layers=`` together with
-            ``layer_types=torch.nn.Module``: their outputs, past which no shortcut leads.
+        stages: names of the stages but the last, as far as timm tells them: their outputs, which no shortcut
+            bypasses. `DropCluster` takes them where it is told no layers.
     """
 
     layers: tuple[LayerPreview, ...]
@@ -109,7 +109,7 @@ class Preview:
 
 def preview(
     module: nn.Module,
-    layers: Layers = "**",
+    layers: Layers | None = None,
     example_input: Any = None,
     *,
     num_clusters: int | None = None,
@@ -128,7 +128,7 @@ def preview(
     Args:
         module: a LightningModule or any other module. Where it has no ``forward`` of its own, its children
             that hold picked layers are called instead.
-        layers: as for `DropCluster`; all conv layers by default.
+        layers: as for `DropCluster`; all conv layers where nothing is given and no model tells its stages.
         example_input: a batch as ``forward`` takes it (a tensor, a tuple of arguments or a dict of keyword
             arguments), or the shape (C, *spatial) of one sample as a tuple of integers. ``None`` takes the
             module's ``example_input_array``.
@@ -160,7 +160,7 @@ def preview(
         "num_samples": check_number("num_samples", num_samples, 1, MAX_INT, integer=True),
         "sketch_dim": check_number("sketch_dim", sketch_dim, 1, MAX_INT, integer=True),
     }
-    picked = select_layers(module, layers, layer_types)
+    picked = _select(module, layers, layer_types)
     calls = trace(module, picked, example_input)
     first = {name: Call(name, layer, None, "") for name, layer in picked.items()}
     for call in calls:
@@ -189,6 +189,15 @@ def format_bytes(size: int) -> str:
         if size >= bytes_in_it:
             return f"{size / bytes_in_it:,.1f} {unit}"
     return f"{size / 1e3:,.1f} kB"
+
+
+def _select(module: nn.Module, layers: Layers | None, layer_types: LayerTypes | None) -> dict[str, nn.Module]:
+    try:
+        return select_layers(module, layers, layer_types)
+    except ValueError:
+        if layers is not None:
+            raise
+        return select_layers(module, "**", layer_types or CONV_LAYERS)
 
 
 def _describe(call: Call, grouping: Grouping, sizes: Mapping[str, Any]) -> LayerPreview:

@@ -2,18 +2,15 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from itertools import accumulate
 
 from torch import nn
 
 from lightning_dropcluster.inspection.tracing import Call
 from lightning_dropcluster.layers.patterns import compile_pattern
-from lightning_dropcluster.layers.selection import CONV_LAYERS, select_layers
+from lightning_dropcluster.layers.selection import select_layers
+from lightning_dropcluster.layers.stages import MOST_STAGES, split_stages
 
 _MOST_PATTERNS = 8  # a longer list says less than a look at the table
-
-# Segments in names of what is no part of a stage's own path.
-_BESIDE = {"downsample", "shortcut", "pos_embed", "pos_embd", "head"}
 
 
 def suggest_patterns(root: nn.Module, calls: Sequence[Call]) -> dict[str, list[str]]:
@@ -29,7 +26,7 @@ def suggest_patterns(root: nn.Module, calls: Sequence[Call]) -> dict[str, list[s
     convs = _convs(calls)
     if not convs:
         return {}
-    stages = _stages(calls)
+    stages = split_stages(calls, convs)
     ends = [conv for end, own in stages if (conv := _last_conv(end, own))]
     large = [call for call in convs if max(_kernel(call)) > 1]
     late = set(calls[calls.index(stages[-3][0]) :]) if len(stages) > 2 else set()
@@ -56,8 +53,8 @@ def suggest_stages(calls: Sequence[Call]) -> list[str]:
     Returns:
         Names; none where stages do not end with maps of several positions, or are as many as blocks.
     """
-    names = [end.name for end, _ in _stages(calls)[:-1] if end.gives_stage_maps]
-    return names if len(names) <= _MOST_PATTERNS else []
+    names = [end.name for end, _ in split_stages(calls, _convs(calls))[:-1] if end.gives_stage_maps]
+    return names if len(names) <= MOST_STAGES else []
 
 
 def fewest_patterns(names: Collection[str], wanted: Collection[str]) -> list[str]:
@@ -106,44 +103,6 @@ def _convs(calls: Sequence[Call]) -> list[Call]:
     """Leave out convs of fewer dimensions than the first: such a gate works on one number per channel."""
     convs = [call for call in calls if call.is_conv]
     return [call for call in convs if len(call.grid) >= len(convs[0].grid)]
-
-
-def _stages(calls: Sequence[Call]) -> list[tuple[Call, list[Call]]]:
-    """Pair each call that ends a stage with the convs on the stage's own path; the stem is no stage."""
-    ends = [call for call in calls if call.ends_stage]
-    convs = _convs(calls)
-    if not (ends and convs):
-        return []
-    stem = _around(convs[0]) - _around(ends[-1])
-    aside = _BESIDE | stem | {end.name for end in ends if _is_one_conv(end.module)}
-    stages: list[tuple[Call, list[Call]]] = []
-    own: list[Call] = []
-    for call in calls:
-        on_path = not aside & (_around(call) | set(call.name.split(".")))
-        if on_path and call in convs:
-            own.append(call)
-        is_stage = own or (on_path and _has_matrix(call.module))
-        # The last end may be a conv behind the last stage, in place of that stage's own end.
-        if is_stage and call.ends_stage and (on_path or call == ends[-1]):
-            stages.append((call, own))
-            own = []
-    return stages
-
-
-def _around(call: Call) -> set[str]:
-    """Name a module and those that hold it."""
-    return set(accumulate(call.name.split("."), "{}.{}".format))
-
-
-def _is_one_conv(module: nn.Module) -> bool:
-    """Whether a module is one conv with its norm and activation: of a stem or head, which timm lists too."""
-    convs = [name for name, inner in module.named_modules() if isinstance(inner, CONV_LAYERS)]
-    return len(convs) == 1 and "." not in convs[0] and not isinstance(module, nn.Sequential)
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    """Whether a module does more than norm, activation or pooling."""
-    return any(weight.ndim > 1 for weight in module.parameters())
 
 
 def _last_conv(end: Call, convs: Sequence[Call]) -> Call | None:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dropcluster.layers.selection import CONV_LAYERS, select_layers
+from lightning_dropcluster.layers.selection import select_layers
+from lightning_dropcluster.layers.stages import stage_ends
+from lightning_dropcluster.layers.wrappers import CONV_LAYERS, name_modules
 from lightning_dropcluster.learning.scopes import Shape
 
 _NO_FORWARD = {"_forward_unimplemented", "LightningModule.forward"}
@@ -61,28 +63,6 @@ class Call:
         return isinstance(self.module, CONV_LAYERS) and prod(self.grid) > 1
 
 
-def stage_ends(root: nn.Module) -> dict[str, int]:
-    """Find the modules with which the stages of a model end.
-
-    Args:
-        root: a timm model, or a module that has one as its child. timm's models say in ``feature_info``
-            where their stages end.
-
-    Returns:
-        Name to number of channels; none for other models. Ends that timm places inside a block are left out,
-        since the block's shortcut leads past them.
-    """
-    ends: dict[str, int] = {}
-    for prefix, model in [("", root), *((f"{name}.", child) for name, child in root.named_children())]:
-        named, info = dict(model.named_modules()), getattr(model, "feature_info", None)
-        for entry in getattr(info, "info", info) or ():
-            # Models made with features_only=True have underscores in place of the dots.
-            for name in (str(entry["module"]), str(entry["module"]).replace(".", "_")):
-                if name and name in named and not _is_inside_a_block(name, named):
-                    ends[prefix + name] = entry["num_chs"]
-    return ends
-
-
 def trace(module: nn.Module, picked: Mapping[str, nn.Module], example_input: Any) -> list[Call]:
     """Run a model once and note which layers run, in what order and with what output.
 
@@ -100,9 +80,9 @@ def trace(module: nn.Module, picked: Mapping[str, nn.Module], example_input: Any
     """
     args, kwargs = _arguments(module, example_input)
     calls: list[Call] = []
-    ends = stage_ends(module)
+    ends, named = stage_ends(module), name_modules(module)
     convs = _convs(module)
-    watched = {**convs, **picked, **{name: module.get_submodule(name) for name in ends}}
+    watched = {**convs, **picked, **{name: named[name] for name in ends}}
     first: tuple[Any, ...] = ()  # inputs of the first conv, kept lest another tensor take their place
 
     def note(name: str, inputs: tuple[Any, ...], output: Any) -> None:
@@ -202,10 +182,3 @@ def _sample_shape(example: Any) -> tuple[int, ...] | None:
 
 def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _is_inside_a_block(name: str, named: Mapping[str, nn.Module]) -> bool:
-    """Whether something other than a plain container stands between a module and its model."""
-    parts = name.split(".")
-    around = (named[".".join(parts[:count])] for count in range(1, len(parts)))
-    return not all(isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) for module in around)

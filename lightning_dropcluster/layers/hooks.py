@@ -1,5 +1,6 @@
 """What is hung on a layer: gather its output, then regularise it."""
 
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -30,8 +31,7 @@ class LayerHook:
     It acts only while the layer is in training mode. The attributes are for the owner to set between steps; a
     call changes those alone that tell what it saw. That makes three variants of it for ``torch.compile``:
     idle, dropping, gathering and dropping. Sketch and regulariser are given plain tensors, and what the hook
-    returns is of the type that the layer gave. A copy or pickle of the layer carries a hook that does
-    nothing, since nobody would steer or remove a live one.
+    returns is of the type that the layer gave.
 
     Args:
         name: of the layer, for errors.
@@ -43,10 +43,12 @@ class LayerHook:
         active: whether to regularise.
         touches: whether the parameters of a regulariser that is not active take part all the same, with
             gradients of zero: DDP waits for those of every parameter in every step.
+        suspended: whether to do nothing at all, as outside of the training step.
         sketch: where to gather what it takes, ``None`` while no window is open.
         first_call: whether the next call is the first of its step. Only that one is gathered: a layer may run
             several times in a step, and activation checkpointing runs it again in the backward pass.
         fired: whether the layer has run.
+        num_channels: how many the output must have; ``None`` for any.
         shape: shape without the batch of the last first call, ``None`` before any.
         batch_size: of that call.
         gather_error: what kept the sketch from taking that call; the sketch is gone then.
@@ -58,7 +60,9 @@ class LayerHook:
     ) -> None:
         self.name, self.regularizer, self.in_eval = name, regularizer, in_eval
         self.sketch: Gatherer | None = None
-        self.active, self.touches, self.first_call, self.fired = True, False, False, False
+        self.active, self.touches, self.suspended = True, False, False
+        self.first_call, self.fired = False, False
+        self.num_channels: int | None = None
         self.shape: tuple[int, ...] | None = None
         self.batch_size = 0
         self.gather_error: Exception | None = None
@@ -79,9 +83,10 @@ class LayerHook:
 
         Raises:
             TypeError: where the output is no floating-point tensor.
-            ValueError: where it is no batch, or the regulariser returns no tensor of its shape.
+            ValueError: where it is no batch or has other channels than it must, or the regulariser returns no
+                tensor of its shape.
         """
-        if not (module.training or self.in_eval):
+        if not (module.training or self.in_eval) or self.suspended:
             return None
         self._check(module, output)
         self.fired = True
@@ -91,9 +96,6 @@ class LayerHook:
         if self.active:
             return self._regularize(output)
         return self._touch(output) if self.touches else None
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _CopiedHook, ()
 
     def _check(self, module: nn.Module, output: Any) -> None:
         if not isinstance(output, Tensor) or not output.is_floating_point():
@@ -105,6 +107,12 @@ class LayerHook:
             raise ValueError(
                 f"layers: the output of {self.name!r} has shape {tuple(output.shape)}; "
                 f"it must be a batch, of {self.num_dims or 'at least 2'} dimensions"
+            )
+
+        if self.num_channels not in (None, output.shape[1]):
+            raise ValueError(
+                f"layers=None: takes {self.name!r} for a stage of {self.num_channels} channels, but its "
+                f"output has shape {tuple(output.shape)}, not (N, C, *spatial); name layers whose output has"
             )
 
     def _gather(self, x: Tensor) -> None:
@@ -133,10 +141,13 @@ class LayerHook:
         return apply_plainly(self._regularize_plain, x)
 
     def _regularize_plain(self, x: Tensor) -> Tensor:
-        made: Any = self.regularizer(x)  # pyright: ignore[reportOptionalCall]
+        regularizer: Any = self.regularizer
+        if not torch.compiler.is_compiling() and _device(regularizer) not in (None, x.device):
+            regularizer.to(x.device)  # a model may be spread over devices, and be so after it was hooked
+        made: Any = regularizer(x)
         if not isinstance(made, Tensor) or made.shape != x.shape:
             raise ValueError(
-                f"regularizer: {type(self.regularizer).__name__} must return a tensor of shape "
+                f"regularizer: {type(regularizer).__name__} must return a tensor of shape "
                 f"{tuple(x.shape)} as it was given, but returned {_describe(made)}"
             )
         return made.to(x.dtype)
@@ -146,11 +157,8 @@ class LayerHook:
         return sum((0.0 * parameter.sum().to(x.dtype) for parameter in parameters), start=x)
 
 
-class _CopiedHook:
-    """What a copy of a hooked layer has in place of its hook."""
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        return None
+def _device(module: nn.Module) -> torch.device | None:
+    return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), None)
 
 
 def _describe(output: Any) -> str:

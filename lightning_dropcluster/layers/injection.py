@@ -2,18 +2,23 @@
 
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as _globals
 from torch.utils.hooks import RemovableHandle
 
+from lightning_dropcluster.layers.copies import copy_as_usual, leave_hooks_out_of_copies
 from lightning_dropcluster.layers.hooks import LayerHook
 
 
 class Injection:
     """Regularisers attached to layers by forward hooks, see `LayerHook`.
 
-    A hook acts on every call of a layer that runs several times in a forward pass.
+    A hook acts on every call of a layer that runs several times in a forward pass. It comes before the hooks
+    of others, so that they see what the next layer gets, but after those of torch itself (quantisation,
+    sharding), without which the output is not complete. Copies and pickles of the layers have no such hook.
 
     Args:
         layers: name to layer.
@@ -69,17 +74,18 @@ class Injection:
         if not self.attached:
             if not self.in_eval:
                 forget_compiled_code()
-            for hook in self.hooks.values():
+            for name, hook in self.hooks.items():
                 hook.fired = False
-            self._handles = [
-                layer.register_forward_hook(self.hooks[name]) for name, layer in self.layers.items()
-            ]
+                self._handles.append(_put_first(self.layers[name], hook))
+                leave_hooks_out_of_copies(self.layers[name])
         return self
 
     def detach(self) -> None:
         """Take the hooks off; nothing happens where they are off already."""
         while self._handles:
             self._handles.pop().remove()
+        for layer in self.layers.values():
+            copy_as_usual(layer)
 
     def never_ran(self) -> list[str]:
         """Name the layers that have not run in training mode since they were attached, but are in it.
@@ -114,8 +120,37 @@ def unused_layers_error(names: list[str]) -> RuntimeError | None:
         return None
     return RuntimeError(
         f"layers: {', '.join(map(repr, names))} did not run in any training step so far; "
-        "choose layers whose forward the training step calls (with gradient checkpointing some of timm's "
-        "models, ResNets among them, call the blocks of a stage, not the stage)"
+        "choose layers whose forward the training step calls. A stage is not called where its blocks or "
+        "layers are called one by one: by gradient checkpointing in some of timm's models (ResNets among "
+        "them), by feature extractors and others that trace with torch.fx, by code that loops over its "
+        "children; pick the layers inside it. Leave out a model that training does not run, such as an "
+        "average of the weights, by naming the child that trains in the pattern"
+    )
+
+
+def backward_hook_warning(layers: Mapping[str, nn.Module]) -> str | None:
+    """Say which layers have parameters and backward hooks, which see the gradient behind what is dropped.
+
+    Args:
+        layers: name to layer.
+
+    Returns:
+        What to warn of, ``None`` where there is none.
+    """
+    every = bool(_globals._global_backward_hooks or _globals._global_backward_pre_hooks)
+    names = [
+        name
+        for name, layer in layers.items()
+        if (every or layer._backward_hooks or layer._backward_pre_hooks)
+        and next(layer.parameters(), None) is not None
+    ]
+    if not names:
+        return None
+    return (
+        f"layers {', '.join(names)} have backward hooks. torch hands these the gradient of what is left "
+        "after dropping, not that of the layer's own output, so per-sample gradients and the like that are "
+        "made from it are wrong. Drop behind the layer instead: pick the activation that follows it, for "
+        "example with layer_types=torch.nn.ReLU"
     )
 
 
@@ -123,3 +158,16 @@ def forget_compiled_code() -> None:
     """Have everything compiled anew: compiled code does not notice new hooks, and anybody may hold some."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+def _put_first(layer: nn.Module, hook: LayerHook) -> RemovableHandle:
+    """Register a hook before all others but torch's own."""
+    handle = layer.register_forward_hook(hook, prepend=True)
+    hooks: Any = layer._forward_hooks  # an OrderedDict, though torch declares less
+    for key in reversed([key for key, other in hooks.items() if _is_of_torch(other)]):
+        hooks.move_to_end(key, last=False)
+    return handle
+
+
+def _is_of_torch(hook: object) -> bool:
+    return (getattr(hook, "__module__", None) or "").partition(".")[0] == "torch"

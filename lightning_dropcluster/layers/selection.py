@@ -1,5 +1,6 @@
 """Name patterns to layers: which modules of a model a callback works on."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeGuard
@@ -9,48 +10,41 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_dropcluster.checks import describe
 from lightning_dropcluster.layers.patterns import compile_pattern, matching_names, nearest_names
-
-CONV_LAYERS: tuple[type[nn.Module], ...] = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-"""The layer types that patterns pick by default (subclasses included)."""
+from lightning_dropcluster.layers.stages import default_layers
+from lightning_dropcluster.layers.wrappers import CONV_LAYERS, adapted_layer, name_modules
 
 Pattern = str | Callable[[str, nn.Module], bool]
 Layers = Pattern | Sequence[Pattern]
 """How users say which layers; see `select_layers`."""
 LayerTypes = type[nn.Module] | Sequence[type[nn.Module]]
 
-WIDEN = "give layer_types=torch.nn.Module"
-"""What errors advise where a pattern matches layers of other types; the command line calls it otherwise."""
-
-LEARNED_CHILD = "structured_dropout"
-"""What a learned regulariser is called inside its layer; it is no layer of the model itself."""
-
-# Wrappers put these segments into names; users write the names of the model they know.
-_WRAPPER_SEGMENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WIDEN = "give layer_types=torch.nn.Module"
 
 
 def select_layers(
-    root: nn.Module, layers: Layers, layer_types: LayerTypes | None = None
+    root: nn.Module, layers: Layers | None = None, layer_types: LayerTypes | None = None
 ) -> dict[str, nn.Module]:
     """Return the layers of a model that name patterns pick.
 
-    Names are those of ``root.named_modules()`` without the segments that ``torch.compile``, FSDP and
-    activation checkpointing insert. A string is a glob over the whole name: ``*`` and ``?`` stay inside one
-    segment, ``**`` crosses dots (``**.`` at the start of a segment also matches nothing), ``[12]`` is a set
-    of characters. A string that starts with ``re:`` is a regular expression, searched for anywhere in the
-    name. A callable gets the name and the module. A pattern that picks nothing from the root is tried from
+    A pattern takes the conv layers that it matches; where it matches none, the modules that it names, such as
+    the stages ``"layer[1-3]"``. Without a pattern these are the stages but the last of the one timm model
+    inside, as its ``feature_info`` tells them.
+
+    Names are those of ``root.named_modules()`` without the segments that ``torch.compile``, FSDP,
+    DataParallel, activation checkpointing, Opacus and PEFT insert. An adapter of PEFT counts as the layer
+    that it adapts, and its own layers, such as ``lora_A``, are never picked. A string is a glob over the
+    whole name: ``*`` and ``?`` stay inside one segment, ``**`` crosses dots (``**.`` at the start of a
+    segment also matches nothing), ``[12]`` is a set of characters. A string that starts with ``re:`` is a
+    regular expression, searched for anywhere in the name. A callable gets the name and the module, of conv
+    layers unless ``layer_types`` says otherwise. A pattern that picks nothing from the root is tried from
     each direct child, so ``"conv1"`` finds ``model.conv1``.
 
     Args:
         root: the model, usually a LightningModule.
-        layers: one pattern or a list of them; each must pick at least one layer.
-        layer_types: the module types that may be picked, subclasses included; ``None`` for `CONV_LAYERS`.
+        layers: one pattern or a list of them, each of which must pick at least one layer; ``None`` for the
+            stages.
+        layer_types: the module types that may be picked, subclasses included, instead of conv layers or what
+            a pattern names.
 
     Returns:
         Name to module, in the order of ``named_modules()``. A module that stands under several names appears
@@ -59,7 +53,8 @@ def select_layers(
     Raises:
         TypeError: where an argument has a wrong type.
         ValueError: where a pattern is empty or no valid expression, picks no layer, or picks layers in two
-            direct children of the root; the message lists the nearest names.
+            direct children of the root, and where there is no pattern and not one timm model; the message
+            lists the nearest names, or patterns to copy.
 
     Example:
         >>> model = nn.ModuleDict({"stem": nn.Conv2d(3, 8, 3), "norm": nn.BatchNorm2d(8)})
@@ -67,9 +62,10 @@ def select_layers(
         ['model.stem']
     """
     _check_module("root", root)
-    patterns = check_patterns(layers)
-    types = check_layer_types(layer_types)
-    names = _module_names(root)
+    names = name_modules(root)
+    if layers is None:
+        return {name: names[name] for name in default_layers(root)}
+    patterns, types = check_patterns(layers), None if layer_types is None else check_layer_types(layer_types)
     picked = {name for pattern in patterns for name in _pick(names, pattern, types)}
     unique: dict[int, str] = {}
     for name in names:
@@ -97,7 +93,7 @@ def find_layers(root: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
         ['model.stem']
     """
     _check_module("model", root)
-    there = _module_names(root)
+    there = name_modules(root)
     found = {name: there.get(name, there.get(name.partition(".")[2])) for name in names}
     for name, module in found.items():
         if module is None:
@@ -168,7 +164,7 @@ def count_channels(layer: nn.Module) -> int | None:
     """
     # What timm's models call num_features may be meant of their head.
     told = "num_features" if isinstance(layer, _NormBase) else "out_channels"
-    channels = getattr(layer, told, None)
+    channels = getattr(adapted_layer(layer), told, None)
     return channels if isinstance(channels, int) else None
 
 
@@ -182,20 +178,27 @@ def _is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-def _module_names(root: nn.Module) -> dict[str, nn.Module]:
-    """Name every module; of a wrapper and what it wraps, the inner one keeps the common name."""
-    names: dict[str, nn.Module] = {}
-    for name, module in root.named_modules(remove_duplicate=False):
-        parts = [part for part in name.split(".") if part not in _WRAPPER_SEGMENTS]
-        if LEARNED_CHILD not in parts:
-            names[".".join(parts)] = module
-    return names
+def _pick(
+    names: dict[str, nn.Module], pattern: Pattern, types: tuple[type[nn.Module], ...] | None
+) -> list[str]:
+    """Apply one pattern: to layers of these types; without types to conv layers, else to what it names."""
+    found = _search(names, pattern, types or CONV_LAYERS)
+    if not found and types is None and isinstance(pattern, str):
+        found = _search(_with_maps(names), pattern, (nn.Module,))
+        for outer, inner in ((o, n) for o in found for n in found if n.startswith(f"{o}.")):
+            raise ValueError(
+                f"layers={pattern!r} matches no conv layer, and modules inside one another, such as {inner} "
+                f"in {outer}; name those whose output you mean"
+            )
+    if not found:
+        raise ValueError(_explain_no_match(names, pattern, types))
+    return found
 
 
-def _pick(names: dict[str, nn.Module], pattern: Pattern, types: tuple[type[nn.Module], ...]) -> list[str]:
+def _search(names: dict[str, nn.Module], pattern: Pattern, types: tuple[type[nn.Module], ...]) -> list[str]:
     """Apply one pattern from the root, else from each direct child."""
     matches = _predicate(pattern)
-    candidates = {name: module for name, module in names.items() if isinstance(module, types)}
+    candidates = {name: module for name, module in names.items() if isinstance(adapted_layer(module), types)}
     picked = [name for name, module in candidates.items() if matches(name, module)]
     if picked:
         return picked
@@ -204,15 +207,19 @@ def _pick(names: dict[str, nn.Module], pattern: Pattern, types: tuple[type[nn.Mo
         child, _, rest = name.partition(".")
         if rest and matches(rest, module):
             by_child.setdefault(child, []).append(name)
-    if len({frozenset(id(candidates[name]) for name in found) for found in by_child.values()}) == 1:
-        return next(iter(by_child.values()))  # one child, or one module that stands under several names
-    if by_child:
+    if len({frozenset(id(candidates[name]) for name in found) for found in by_child.values()}) > 1:
         examples = ", ".join(f"{found[0]!r}" for found in by_child.values())
         raise ValueError(
             f"layers={pattern!r} is ambiguous: it picks layers in {len(by_child)} children ({examples}); "
             "write the child's name into the pattern"
         )
-    raise ValueError(_explain_no_match(names, candidates, pattern, types))
+    return next(iter(by_child.values()), [])  # of one child, or of one module that has several names
+
+
+def _with_maps(names: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Leave out what is known to give no maps: linear layers, and lists and the like, which do not run."""
+    others = (nn.Linear, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+    return {name: module for name, module in names.items() if not isinstance(adapted_layer(module), others)}
 
 
 def _predicate(pattern: Pattern) -> Callable[[str, nn.Module], bool]:
@@ -231,23 +238,39 @@ def _ask(pattern: Callable[[str, nn.Module], bool], name: str, module: nn.Module
 
 
 def _explain_no_match(
-    names: dict[str, nn.Module],
-    candidates: dict[str, nn.Module],
-    pattern: Pattern,
-    types: tuple[type[nn.Module], ...],
+    names: dict[str, nn.Module], pattern: Pattern, types: tuple[type[nn.Module], ...] | None
 ) -> str:
     """Say why a pattern picked nothing, and what would have been near."""
-    allowed = "/".join(kind.__name__ for kind in types) if types != CONV_LAYERS else "conv"
+    may_name = types is None and isinstance(pattern, str)
+    allowed = types or ((nn.Module,) if may_name else CONV_LAYERS)
+    there = _with_maps(names) if may_name else names
+    candidates = [
+        name for name, module in there.items() if name and isinstance(adapted_layer(module), allowed)
+    ]
     others = matching_names(names, pattern) if isinstance(pattern, str) else []
+    called = _names_of_types([*allowed, *(type(names[name]) for name in others)])
+    kind = (
+        "conv " if allowed == CONV_LAYERS else "" if may_name else "/".join(called[k] for k in allowed) + " "
+    )
     if others:
-        kinds = ", ".join(f"{name} ({type(names[name]).__name__})" for name in others[:3])
-        head = f"layers={pattern!r} matches no {allowed} layer, only {kinds}"
+        kinds = ", ".join(f"{name} ({called[type(names[name])]})" for name in others[:3])
+        head = f"layers={pattern!r} matches no {kind}layer{' that gives maps' * may_name}, only {kinds}"
         inside = [n for n in candidates if any(n.startswith(other + ".") for other in others)]
+        widen = "" if may_name else f"; for its own output {_WIDEN}"
         if inside:
             advice = "" if str(pattern).startswith("re:") else f" (write '{pattern}.**' to pick them)"
-            return f"{head}; layers inside: {', '.join(inside[:5])}{advice}; for its own output {WIDEN}"
-        head += f"; for other layers {WIDEN}"
+            return f"{head}; layers inside: {', '.join(inside[:5])}{advice}{widen}"
+        head += f"; for other layers {_WIDEN}"
     else:
         head = f"layers={pattern!r} matches no layer"
-    kind = "modules" if types == (nn.Module,) else f"{allowed} layers"
-    return f"{head}; nearest {kind}: {', '.join(nearest_names(str(pattern), candidates)) or 'none'}"
+    nearest = (
+        "nearest" if may_name else "nearest modules" if types == (nn.Module,) else f"nearest {kind}layers"
+    )
+    return f"{head}; {nearest}: {', '.join(nearest_names(str(pattern), candidates)) or 'none'}"
+
+
+def _names_of_types(types: Iterable[type]) -> dict[type, str]:
+    """Name classes, with their modules where the names of two would be the same."""
+    unique = set(types)
+    count = Counter(kind.__name__ for kind in unique)
+    return {k: k.__name__ if count[k.__name__] == 1 else f"{k.__module__}.{k.__qualname__}" for k in unique}

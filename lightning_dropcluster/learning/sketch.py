@@ -129,7 +129,7 @@ class Sketch(nn.Module):
         Tensor operations alone, without a look at values from the host, so that compiled code can hold it.
         """
         with torch.autocast(x.device.type, enabled=False):
-            for part in self._parts(self._resized(x.detach())):
+            for part in self._parts(self._resized(x.detach().to(self.key.device))):
                 maps = part.float().reshape(len(part), self.shape[0], math.prod(self.shape[1:]))
                 self._add(self.scope.rows(maps), len(part))
 

@@ -195,7 +195,8 @@ class GatheringWindow:
         table = ranks.sum_over_ranks(table).cpu()
         alike = (table == table[:1]).flatten(2).all(2).all(0) & (table[0, :, 0] > 0)
         for name in (name for name, same in zip(names, alike, strict=True) if not same):
-            ranks.warn(f"layer {name!r} was not gathered, or not alike on all ranks; it is not clustered")
+            others = ", or not alike on all ranks" if ranks.world_size() > 1 else ""
+            ranks.warn(f"layer {name!r} was not gathered{others}; it is not clustered")
         return [name for name, same in zip(names, alike, strict=True) if same]
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropcluster import ranks
+from lightning_dropcluster.layers.hooks import LayerHook
 from lightning_dropcluster.layers.injection import Injection
-from lightning_dropcluster.layers.selection import LEARNED_CHILD
+from lightning_dropcluster.layers.wrappers import LEARNED_CHILD
 from lightning_dropcluster.methods import Regularizer
 from lightning_dropcluster.methods.factory import (
     Source,
@@ -36,6 +37,11 @@ class RegularizedLayers:
         self._injection = Injection({}, {})
 
     @property
+    def hooks(self) -> dict[str, LayerHook]:
+        """The hook of each layer."""
+        return self._injection.hooks
+
+    @property
     def have_drop_prob(self) -> bool:
         """Whether any regulariser lets its drop probability be set."""
         return any(has_drop_prob(regularizer) for regularizer in self.regularizers.values())
@@ -51,12 +57,12 @@ class RegularizedLayers:
         Args:
             modules: name to layer.
         """
-        missing = {name: layer for name, layer in modules.items() if self._is_missing(name, layer)}
-        made = {name: self._make(name, layer) for name, layer in missing.items()}  # before the model changes
+        # All are made before the model changes.
+        made = {name: self._get_or_make(name, layer) for name, layer in modules.items()}
         for name, regularizer in made.items():
-            if is_learned(regularizer):
+            if is_learned(regularizer) and not self._is_registered(name, modules[name]):
                 weight = next(modules[name].parameters(), torch.empty(0))
-                modules[name].add_module(LEARNED_CHILD, regularizer.to(weight.device))
+                modules[name].add_module(LEARNED_CHILD, _Learned(regularizer.to(weight.device)))
 
     def attach(self, modules: Mapping[str, nn.Module], device: torch.device) -> None:
         """Hook the layers; those whose regulariser was forgotten get a new one.
@@ -70,7 +76,7 @@ class RegularizedLayers:
         """
         self.detach()
         for name, layer in modules.items():
-            regularizer = self.regularizers[name] if name in self.regularizers else self._make(name, layer)
+            regularizer = self._get_or_make(name, layer)
             if is_learned(regularizer) and not self._is_registered(name, layer):
                 raise ValueError(
                     f"regularizer={self.source!r}: has parameters, but those for {name!r} are not in the "
@@ -136,12 +142,12 @@ class RegularizedLayers:
         return self._injection.never_ran()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the regularisers that are not part of the model.
+        """Return the states of the regularisers, which the model's own state_dict leaves out.
 
         Returns:
             Name to state_dict, on the CPU, of those that have any.
         """
-        states = {n: r.state_dict() for n, r in self.regularizers.items() if not is_learned(r)}
+        states = {name: regularizer.state_dict() for name, regularizer in self.regularizers.items()}
         return {
             name: {key: value.cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
             for name, state in states.items()
@@ -165,13 +171,12 @@ class RegularizedLayers:
                     f"state_dict: of another regulariser than that of layer {name!r}: {error}"
                 ) from error
 
-    def _is_missing(self, name: str, layer: nn.Module) -> bool:
-        regularizer = self.regularizers.get(name)
-        return regularizer is None or (is_learned(regularizer) and not self._is_registered(name, layer))
-
     def _is_registered(self, name: str, layer: nn.Module) -> bool:
         child = layer._modules.get(LEARNED_CHILD)
-        return child is not None and child is self.regularizers.get(name)
+        return isinstance(child, _Learned) and child.regularizer is self.regularizers.get(name)
+
+    def _get_or_make(self, name: str, layer: nn.Module) -> nn.Module:
+        return self.regularizers[name] if name in self.regularizers else self._make(name, layer)
 
     def _make(self, name: str, layer: nn.Module) -> nn.Module:
         """Make the regulariser of a layer, and note its full drop probability."""
@@ -184,6 +189,28 @@ class RegularizedLayers:
             )
         self._drop_probs[name], self.regularizers[name] = full, regularizer
         return regularizer
+
+
+class _Learned(nn.Module):
+    """Holds a regulariser where optimiser, device and strategy find it, and the model's state_dict does not.
+
+    So a checkpoint fits the model with and without it. Nothing happens where a Sequential calls it.
+    """
+
+    def __init__(self, regularizer: nn.Module) -> None:
+        super().__init__()
+        self.regularizer = regularizer
+        self.register_load_state_dict_post_hook(_miss_nothing)
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        return {} if destination is None else destination
+
+
+def _miss_nothing(_module: nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [key for key in keys.missing_keys if LEARNED_CHILD not in key.split(".")]
 
 
 def unregister(model: nn.Module) -> None:

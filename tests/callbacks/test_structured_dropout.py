@@ -103,7 +103,6 @@ def test_every_regulariser_by_name(loader, name):
     make_trainer(max_epochs=2).fit(plain, loader)
     assert [type(made) for made in callback.regularizers.values()] == [REGULARIZERS[name]] * 2
     assert module.losses[-1] != plain.losses[-1]
-    callback.unregister(module)
     assert module.state_dict().keys() == plain.state_dict().keys()
 
 
@@ -338,38 +337,65 @@ def test_a_layer_with_two_names_belongs_to_one_callback(loader):
 # Learned regularisers
 
 
-def test_learned_regularisers_are_trained_saved_and_taken_out(loader, tmp_path):
-    layers = "layer[12].*.conv1"
+def test_learned_regularisers_are_trained_and_saved_beside_the_model(loader, tmp_path):
+    layers, keys = "layer[12].*.conv1", list(Classifier().state_dict())
     callback, module = StructuredDropout(layers, Gate), Classifier()
-    trainer = make_trainer(callback, max_epochs=2)
+    look = At(lambda _, module: keys == list(module.state_dict()) or pytest.fail("other keys"))
+    trainer = make_trainer(callback, look, max_epochs=2)
     trainer.fit(module, loader)
-    keys = [f"model.layer{stage}.0.conv1.structured_dropout.gain" for stage in (1, 2)]
-    assert [key for key in module.state_dict() if "structured" in key] == keys
-    assert all((module.state_dict()[key] != 1.0).any() for key in keys)
+    assert all((gate.gain != 1.0).any() for gate in callback.regularizers.values())
+    assert [name for name, _ in module.named_parameters()] == [
+        name for name, _ in Classifier().named_parameters()
+    ]
     trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert list(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]) == keys
+    plain = Classifier.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert equal(plain.state_dict(), module.state_dict())
     trainer.test(module, loader, ckpt_path=tmp_path / "last.ckpt", verbose=False)
-    another = Classifier()
-    make_trainer(StructuredDropout(layers, Gate)).test(
-        another, loader, ckpt_path=tmp_path / "last.ckpt", verbose=False
-    )
-    assert equal(another.state_dict(), module.state_dict())
-    x = torch.randn(4, 3, 32, 32)
-    with_it = module.eval()(x)
-    callback.unregister(module)
-    tiny_resnet().load_state_dict(module.model.state_dict(), strict=True)
-    assert torch.equal(module(x), with_it)
+    make_trainer(StructuredDropout(layers, Gate)).test(plain, loader, tmp_path / "last.ckpt", verbose=False)
+    resumed = StructuredDropout(layers, Gate)
+    make_trainer(resumed, max_epochs=2).fit(plain, loader, ckpt_path=tmp_path / "last.ckpt")
+    for name, gate in resumed.regularizers.items():
+        assert equal(gate.state_dict(), callback.regularizers[name].state_dict())
 
 
-def test_learned_regularisers_stay_in_a_second_fit_and_do_not_in_another_model(loader):
+def test_a_checkpoint_without_them_is_resumed_without_them(loader, tmp_path):
+    trainer, path = make_trainer(max_epochs=1), tmp_path / "plain.ckpt"
+    trainer.fit(Classifier(), loader)
+    trainer.save_checkpoint(path)
+    callback, module = StructuredDropout("conv1", Gate), Classifier()
+    with pytest.raises(ValueError, match=r"ckpt_path: was written without regularizer=.*Gate"):
+        make_trainer(callback, max_epochs=2).fit(module, loader, ckpt_path=path)
+    assert not any("structured" in name for name, _ in module.named_modules())
+    make_trainer(max_epochs=2).fit(module, loader, ckpt_path=path)
+    module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    make_trainer(callback, max_epochs=1).fit(module, loader)
+
+
+def test_a_learned_regulariser_of_a_whole_stage_acts_once(loader):
+    class Count(Gate):
+        calls = 0
+
+        def forward(self, x):
+            Count.calls += 1
+            return super().forward(x)
+
+    callback = StructuredDropout("layer1", lambda: Count(), clean_statistics=False)
+    make_trainer(callback, max_epochs=1).fit(Classifier(), loader)
+    assert Count.calls == 4
+
+
+def test_learned_regularisers_start_afresh_in_a_second_fit_and_go_on_in_a_continued_one(loader):
     callback, module = StructuredDropout("conv1", lambda channels: Gate(channels)), Classifier()
-    make_trainer(callback, max_epochs=1).fit(module, loader)
-    gate = module.model.conv1.structured_dropout
+    trainer = make_trainer(callback, max_epochs=1)
+    trainer.fit(module, loader)
+    gate = callback.regularizers["model.conv1"]
     assert gate.gain.shape == (64,)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader)
+    assert callback.regularizers["model.conv1"] is gate
     make_trainer(callback, max_epochs=1).fit(module, loader)
-    assert module.model.conv1.structured_dropout is gate
-    another = Classifier()
-    make_trainer(callback, max_epochs=1).fit(another, loader)
-    assert another.model.conv1.structured_dropout is not gate
+    assert callback.regularizers["model.conv1"] is not gate
 
 
 def test_a_maker_that_fails_half_way_is_named_and_leaves_the_model_alone(loader):
@@ -398,8 +424,9 @@ def test_an_optimiser_of_the_inner_model_alone_learns_them(loader):
             return torch.optim.SGD(self.model.parameters(), lr=0.1)
 
     module = Inner()
-    make_trainer(StructuredDropout("conv1", Gate), max_epochs=1).fit(module, loader)
-    assert module.model.conv1.structured_dropout.gain != 1.0
+    callback = StructuredDropout("conv1", Gate)
+    make_trainer(callback, max_epochs=1).fit(module, loader)
+    assert callback.regularizers["model.conv1"].gain != 1.0
 
 
 class Late(Classifier):
@@ -421,9 +448,9 @@ def test_a_model_made_in_configure_model_has_to_register_them(loader):
     with pytest.raises(ValueError, match=r"regularizer=.*Gate.*: has parameters, .* call register\(self\)"):
         make_trainer(StructuredDropout("conv1", Gate)).fit(Late(), loader)
     module = Late()
-    module.callback = StructuredDropout("conv1", Gate)
-    make_trainer(module.callback, max_epochs=1).fit(module, loader)
-    assert module.model.conv1.structured_dropout.gain != 1.0
+    module.callback = callback = StructuredDropout("conv1", Gate)
+    make_trainer(callback, max_epochs=1).fit(module, loader)
+    assert callback.regularizers["model.conv1"].gain != 1.0
     make_trainer(make_callback("conv1"), max_epochs=1).fit(Late(), loader)  # nothing to learn, nothing to do
 
 
@@ -441,7 +468,7 @@ def test_averaged_models_have_them_too(loader, is_first):
     trainer = make_trainer(*([callback, average] if is_first else [average, callback]), max_epochs=2)
     if is_first:
         trainer.fit(module, loader)
-        assert abs(module.model.conv1.structured_dropout.gain - 1.0) > 0.0
+        assert abs(callback.regularizers["model.conv1"].gain - 1.0) > 0.0
     else:
         with pytest.raises(ValueError, match="list this callback before WeightAveraging"):
             trainer.fit(module, loader)
@@ -457,7 +484,7 @@ def test_copies_of_a_model_in_training_do_not_drop(loader):
     module = Classifier()
     make_trainer(StructuredDropout("conv1", Gate), At(make_copy), max_epochs=1).fit(module, loader)
     with torch.no_grad():
-        copies[0].conv1.structured_dropout.gain.zero_()
+        copies[0].conv1.structured_dropout.regularizer.gain.zero_()
     assert (copies[0].train().conv1(torch.randn(1, 3, 32, 32)) != 0).all()
 
 
@@ -471,7 +498,7 @@ def train_on_ranks(regularizer: str) -> dict:
     module.model.bn1.register_forward_pre_hook(lambda m, args: masks.append((args[0] == 0).flatten(2).all(2)))
     make_trainer(callback, max_epochs=2, strategy=DDPStrategy(), devices=2).fit(module, make_loader())
     return {
-        "weights": module.state_dict(),
+        "weights": module.state_dict() | callback.state_dict()["regularizers"].get("model.conv1", {}),
         "mask": masks[-1],
         "hooks": len(module.model.conv1._forward_hooks),
     }
@@ -480,7 +507,7 @@ def train_on_ranks(regularizer: str) -> dict:
 @pytest.mark.parametrize("regularizer", ["learned", "modules"])
 def test_ranks(regularizer, tmp_path):
     first, second = run_ranks(train_on_ranks, 2, tmp_path, regularizer)
-    learned = "model.conv1.structured_dropout.gain"
+    learned = "gain"
     parameters = [k for k in first["weights"] if "running" not in k]
     assert all(torch.equal(first["weights"][k], second["weights"][k]) for k in parameters)
     assert (learned in parameters) == (regularizer == "learned")
@@ -492,6 +519,7 @@ def test_ranks(regularizer, tmp_path):
 # What a user can get wrong
 
 ARGUMENTS = [
+    (None, {}, TypeError, r"regularizer=None: must be a torch.nn.Module, .* give it by name"),
     (3, {}, TypeError, r"regularizer=3: must be a torch.nn.Module, .* not int"),
     ("drop_blok", {}, ValueError, "regularizer='drop_blok': must be one of .*drop_block"),
     ("cluster_drop", {}, ValueError, "regularizer='cluster_drop': must be one of advanced_dropout"),
@@ -503,6 +531,7 @@ ARGUMENTS = [
     (nn.Dropout2d(), {"schedule": "linear"}, ValueError, "schedule='linear': Dropout2d has no"),
     ("drop_block", {"layers": []}, ValueError, r"layers=\[\]"),
     ("drop_block", {"layer_types": int}, TypeError, "layer_types="),
+    ("drop_block", {"layers": None, "layer_types": nn.ReLU}, ValueError, "layer_types=.*: needs layers"),
 ]
 
 
@@ -549,7 +578,7 @@ FITS = [
         ValueError,
         r"MaxPool2d must return a tensor of shape \(8, 64, 16, 16\) .* \(8, 64",
     ),
-    (nn.Dropout2d(), {"layers": "act1"}, ValueError, "layers='act1' matches no conv layer"),
+    (nn.Dropout2d(), {"layers": "act9"}, ValueError, "layers='act9' matches no layer"),
     (
         nn.Dropout2d(),
         {"layers": "idle"},

@@ -175,3 +175,11 @@ def test_cells_say_one_number_where_there_is_one_problem():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         preview(tiny_resnet(), **({"layers": "**", "example_input": IMAGE} | arguments))
+
+
+def test_without_layers_it_shows_what_the_callback_takes_else_the_convs():
+    assert [layer.name for layer in preview(Classifier(), example_input=IMAGE).layers] == [
+        f"model.layer{stage}" for stage in (1, 2, 3)
+    ]
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    assert [layer.name for layer in preview(plain, example_input=IMAGE).layers] == ["0"]

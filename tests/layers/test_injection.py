@@ -6,12 +6,16 @@ import pickle
 from collections.abc import Callable, Iterator
 
 import pytest
+import timm
 import torch
 from fits import count_hooks
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
+from torch.nn.modules.module import register_module_full_backward_hook
+from torch.nn.utils.parametrizations import spectral_norm
 
-from lightning_dropcluster.layers.injection import Injection
+from lightning_dropcluster.layers.injection import Injection, backward_hook_warning
 
 
 class Negate(nn.Module):
@@ -31,6 +35,11 @@ class Scale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * -2.0
+
+
+class Zero(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0.0
 
 
 class Returns(nn.Module):
@@ -176,17 +185,44 @@ def test_nothing_is_attached_before_it_is_asked_for():
     assert count_hooks(net) == 0
 
 
-def test_the_hooks_of_others_stay():
-    layer, before, after = make_net()[0], [], []
+def test_the_hooks_of_others_stay_and_see_what_the_next_layer_gets():
+    layer, before, after, x = make_net()[0], [], [], images()
+    plain = layer(x)
     layer.register_forward_hook(lambda module, args, output: before.append(output))
     injection = Injection({"x": layer}, {"x": Negate()}).attach()
     layer.register_forward_hook(lambda module, args, output: after.append(output))
-    layer(images())
-    injection.detach()
-    layer(images())
+    for expected in (layer(x), plain):
+        if expected is plain:
+            injection.detach()
+            layer(x)
+        assert torch.equal(before[-1], expected)
+        assert torch.equal(after[-1], expected)
     assert count_hooks(layer) == 2
-    assert torch.equal(after[0], -before[0])
-    assert torch.equal(after[1], before[1])
+
+
+def test_a_hook_that_changes_the_output_gets_it_regularized():
+    layer, x = make_net()[0], images()
+    plain = layer(x)
+    layer.register_forward_hook(lambda module, args, output: output + 1)
+    with Injection({"x": layer}, {"x": Negate()}):
+        assert torch.equal(layer(x), 1 - plain)
+
+
+def test_features_that_timm_takes_by_hooks_are_regularized():
+    model = timm.create_model("test_resnet", features_only=True, feature_cls="hook", out_indices=(1,)).train()
+    (stage,) = (layer for name, layer in model.named_modules() if name.endswith("layer1"))
+    with Injection({"stage": stage}, {"stage": Zero()}):
+        assert not model(images())[0].any()
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_observers_of_quantisation_see_what_is_not_dropped():
+    net = make_net()
+    net.qconfig = get_default_qat_qconfig("qnnpack")
+    net = prepare_qat(net)
+    with Injection({"0": net[0]}, {"0": Zero()}):
+        net(images())
+        assert net[0].activation_post_process.activation_post_process.max_val > 0
 
 
 def test_two_injections_on_one_layer_do_not_disturb_each_other():
@@ -218,14 +254,24 @@ def through_torch_save(net: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
+def through_its_parts(net: nn.Module) -> nn.Module:
+    return nn.Sequential(*map(copy.copy, net))
+
+
 def twice(net: nn.Module) -> nn.Module:
     return copy.deepcopy(pickle.loads(pickle.dumps(net)))
 
 
-COPIES = [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), through_torch_save, twice]
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda net: pickle.loads(pickle.dumps(net)),
+    "torch.save": through_torch_save,
+    "copy": through_its_parts,
+    "twice": twice,
+}
 
 
-@pytest.mark.parametrize("make_copy", COPIES, ids=["deepcopy", "pickle", "torch.save", "twice"])
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("train", [True, False])
 def test_a_copy_of_an_attached_model_computes_what_a_plain_model_does(make_copy, train):
     net, x = make_net(), images()
@@ -234,6 +280,9 @@ def test_a_copy_of_an_attached_model_computes_what_a_plain_model_does(make_copy,
         assert torch.equal(copied.train(train)(x), make_net().train(train)(x))
         assert injection.never_ran() == ["0", "3"]
         assert not torch.equal(net(x), copied.train()(x))
+        for layer, plain in zip(copied, make_net(), strict=True):
+            assert (count_hooks(layer), vars(layer).keys()) == (0, vars(plain).keys())
+    assert all(vars(one).keys() == vars(plain).keys() for one, plain in zip(net, make_net(), strict=True))
 
 
 def test_a_copy_outlives_the_injection_and_may_have_one_of_its_own():
@@ -245,6 +294,51 @@ def test_a_copy_outlives_the_injection_and_may_have_one_of_its_own():
         assert torch.equal(copied[0](x), -plain)
         assert torch.equal(net[0](x), plain)
     assert torch.equal(copied[0](x), plain)
+
+
+class Circular(nn.Conv2d):
+    """A layer that knows of the model around it, and copies itself its own way."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1, 1)
+        self.around: list[nn.Module] = []
+
+    def __deepcopy__(self, memo: dict) -> "Circular":
+        memo[id(self)] = copied = Circular()
+        copied.around = copy.deepcopy(self.around, memo)
+        copied.hooks_seen = len(self._forward_hooks)
+        return copied
+
+
+@pytest.mark.parametrize("make", [Circular, lambda: spectral_norm(nn.Conv2d(1, 1, 1))])
+def test_layers_that_copy_themselves_their_own_way_have_plain_copies(make):
+    net = nn.Sequential(make())
+    net[0].around = [net]
+    with inject(net, "0"):
+        copied = copy.deepcopy(net)
+    assert (count_hooks(copied), getattr(copied[0], "hooks_seen", 0)) == (0, 0)
+    assert copied[0].around[0] is copied
+
+
+def test_hooks_of_others_are_copied_as_ever():
+    net = make_net()
+    net[0].register_forward_hook(print)
+    with inject(net, "0"):
+        assert list(copy.deepcopy(net)[0]._forward_hooks.values()) == [print]
+
+
+def test_a_file_of_an_attached_model_needs_no_package():
+    net, file = make_net(), io.BytesIO()
+    with inject(net, "0", "3"):
+        torch.save(net, file)
+    assert b"lightning_dropcluster" not in file.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_copy_of_an_attached_model_can_be_scripted():
+    net, x = make_net(), images()
+    with inject(net, "0", "3"):
+        assert torch.equal(torch.jit.script(copy.deepcopy(net))(x), make_net()(x))
 
 
 # Errors
@@ -307,6 +401,32 @@ def test_hooks_are_off_after_an_error_of_their_own():
     with pytest.raises(TypeError, match="it must be one"), Injection({"x": layer}, {"x": Negate()}):
         layer(images())
     assert count_hooks(layer) == 0
+
+
+# Backward hooks
+
+
+def nothing(*args: object) -> None:
+    pass
+
+
+BACKWARD_HOOKS = {
+    "full": lambda layer: layer.register_full_backward_hook(nothing),
+    "before": lambda layer: layer.register_full_backward_pre_hook(nothing),
+    "everywhere": lambda layer: register_module_full_backward_hook(nothing),
+}
+
+
+@pytest.mark.parametrize("register", BACKWARD_HOOKS.values(), ids=BACKWARD_HOOKS)
+def test_layers_whose_backward_hooks_see_another_gradient_are_named(register):
+    layers = {"conv": nn.Conv2d(1, 1, 1), "act": nn.ReLU()}
+    assert backward_hook_warning(layers) is None
+    handles = [register(layer) for layer in layers.values()]
+    try:
+        assert "layers conv have backward hooks" in backward_hook_warning(layers)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 # Layers that do not run

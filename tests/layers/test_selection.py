@@ -47,10 +47,10 @@ def build(tree: dict | str) -> nn.Module:
     return nn.Conv1d(1, 1, 1) if tree == "conv" else nn.ReLU()
 
 
-def conv_names(tree: dict | str, path: tuple[str, ...] = ()) -> list[str]:
+def conv_names(tree: dict | str, path: tuple[str, ...] = (), kind: str = "conv") -> list[str]:
     if isinstance(tree, dict):
-        return [found for name, inner in tree.items() for found in conv_names(inner, (*path, name))]
-    return [".".join(path)] if tree == "conv" else []
+        return [found for name, inner in tree.items() for found in conv_names(inner, (*path, name), kind)]
+    return [".".join(path)] if tree == kind else []
 
 
 def fits(name: list[str], pattern: list[str]) -> bool:
@@ -102,7 +102,10 @@ def in_module(model: nn.Module) -> nn.Module:
 @relaxed
 @given(TREES, GLOBS)
 def test_a_glob_picks_what_segment_wise_fnmatch_picks(tree, glob):
-    model, answer, pattern = build(tree), expected(conv_names(tree), glob), ".".join(glob)
+    model, pattern = build(tree), ".".join(glob)
+    answer = expected(conv_names(tree), glob)
+    if answer == "matches no":  # conv layer; then what it names
+        answer = expected(conv_names(tree, kind="act"), glob)
     if isinstance(answer, list):
         assert picked(model, pattern) == answer
     else:
@@ -213,7 +216,7 @@ def test_each_pattern_of_a_list_finds_its_own_child():
 
 
 def test_grandchildren_are_not_searched():
-    with pytest.raises(ValueError, match=r"'conv1' matches no layer; nearest .*system\.model\.conv1"):
+    with pytest.raises(ValueError, match=r"'conv1' matches no layer; nearest: system\.model\.conv1"):
         select_layers(nn.ModuleDict({"system": in_module(small_resnet())}), "conv1")
 
 
@@ -254,6 +257,68 @@ def test_wrapper_segments_are_left_out_and_the_inner_module_is_picked(wrap, wher
 def test_a_wrapped_root_has_the_names_of_the_model_inside(wrap):
     model = small_resnet()
     assert select_layers(wrap(model), "**") == select_layers(model, "**")
+
+
+# Wrappers that are known by their class, and adapters
+
+
+def of_package(package: str, name: str, **children: nn.Module) -> nn.Module:
+    """A module as another package makes it."""
+    module = type(name, (nn.Module,), {"__module__": f"{package}.inside"})()
+    for child, inner in children.items():
+        module.add_module(child, inner)
+    return module
+
+
+def adapted(layer: nn.Module, name: str = "Conv2d") -> nn.Module:
+    """A layer that PEFT has put adapters on."""
+    inner = {f"lora_{letter}": nn.ModuleDict({"default": conv()}) for letter in "AB"}
+    return of_package("peft", name, base_layer=layer, **inner)
+
+
+MODEL_WRAPPERS = {
+    "data parallel": nn.DataParallel,
+    "opacus": lambda model: of_package("opacus", "GradSampleModule", _module=model),
+    "peft": lambda model: of_package(
+        "peft", "PeftModel", base_model=of_package("peft", "LoraModel", model=model)
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap", MODEL_WRAPPERS.values(), ids=MODEL_WRAPPERS)
+def test_segments_of_known_wrappers_are_left_out(wrap):
+    plain = small_resnet()
+    wrapped = in_module(wrap(plain))
+    assert select_layers(wrapped, "**") == select_layers(in_module(plain), "**")
+    assert picked(wrapped, "conv1") == ["model.conv1"]
+
+
+def test_names_that_wrappers_use_count_in_other_modules():
+    model = nn.ModuleDict(
+        {"module": conv(), "base_model": nn.ModuleDict({"model": conv()}), "base_layer": conv()}
+    )
+    assert picked(model, "**") == ["module", "base_model.model", "base_layer"]
+
+
+def test_an_adapter_counts_as_the_layer_that_it_adapts_and_its_own_layers_do_not():
+    model = small_resnet()
+    model["layer1"][0].conv1 = adapter = adapted(model["layer1"][0].conv1)
+    model["fc"] = adapted(model["fc"], "Linear")
+    found = select_layers(model, "layer1.0.**")
+    assert list(found) == ["layer1.0.conv1", "layer1.0.conv2"]
+    assert found["layer1.0.conv1"] is adapter
+    assert not any("lora" in name or "fc" in name for name in select_layers(model, "**"))
+    assert count_channels(adapter) == 1
+
+
+def test_a_class_is_named_with_its_module_where_its_name_would_mislead():
+    other = of_package("other", "Conv2d")
+    with pytest.raises(ValueError, match=r"matches no conv layer, only a \(other\.inside\.Conv2d\)"):
+        select_layers(nn.ModuleDict({"a": other, "b": conv()}), "a", CONV_LAYERS)
+    with pytest.raises(
+        ValueError, match=r"matches no other\.inside\.Conv2d layer, only b \(torch\.nn\..*Conv2d"
+    ):
+        select_layers(nn.ModuleDict({"a": other, "b": conv()}), "b", type(other))
 
 
 # Layer types
@@ -299,7 +364,7 @@ def test_a_shared_module_appears_once_under_the_first_name_picked():
 # Errors
 
 
-@pytest.mark.parametrize("layers", [3, None, {"conv1"}, nn.Conv2d, nn.ReLU(), ["conv1", 3], [["conv1"]]])
+@pytest.mark.parametrize("layers", [3, {"conv1"}, nn.Conv2d, nn.ReLU(), ["conv1", 3], [["conv1"]]])
 def test_what_is_no_pattern_is_a_type_error(layers):
     with pytest.raises(TypeError, match=r"layers=.*: a pattern is a string or a callable"):
         select_layers(small_resnet(), layers)
@@ -349,18 +414,17 @@ def test_an_empty_list_of_layer_types_is_refused():
     ],
 )
 def test_no_match_lists_the_nearest_names_first(pattern, nearest):
-    message = f"layers={pattern!r} matches no layer; nearest conv layers: {nearest}, "
+    message = f"layers={pattern!r} matches no layer; nearest: {nearest}, "
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         select_layers(in_module(small_resnet()), pattern)
 
 
-@pytest.mark.parametrize("wrap", [in_module, lambda model: model])
-def test_a_match_of_another_type_is_named_with_the_way_to_pick_it(wrap):
+def test_a_match_of_another_type_is_named_with_the_way_to_pick_it():
     message = (
         r"layers='bn1' matches no conv layer, only .*bn1 \(BatchNorm2d\); for other layers give layer_types="
     )
     with pytest.raises(ValueError, match=message):
-        select_layers(wrap(small_resnet()), "bn1")
+        select_layers(in_module(small_resnet()), "bn1", CONV_LAYERS)
 
 
 def test_a_match_of_a_block_lists_the_layers_inside():
@@ -368,7 +432,46 @@ def test_a_match_of_a_block_lists_the_layers_inside():
         r"only layer1 \(Sequential\); layers inside: layer1.0.conv1, .*\(write 'layer1.\*\*' to pick them"
     )
     with pytest.raises(ValueError, match=message):
-        select_layers(small_resnet(), "layer1")
+        select_layers(small_resnet(), "layer1", CONV_LAYERS)
+
+
+# Modules that a pattern names
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("layer[12]", ["layer1", "layer2"]),
+        ("layer2.*", ["layer2.0", "layer2.1"]),
+        ("**.act", [f"layer{n}.{m}.act" for n in (1, 2) for m in (0, 1)]),
+        (["conv1", "bn1"], ["conv1", "bn1"]),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_pattern_that_matches_no_conv_layer_takes_what_it_names(pattern, names, prefix):
+    model = in_module(small_resnet()) if prefix else small_resnet()
+    assert picked(model, pattern) == [prefix + name for name in names]
+
+
+def test_a_callable_is_asked_about_conv_layers_alone():
+    with pytest.raises(ValueError, match="matches no layer; nearest conv layers"):
+        select_layers(small_resnet(), lambda name, module: name == "layer1")
+
+
+def test_lists_are_named_with_the_layers_inside():
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ReLU()])})
+    with pytest.raises(
+        ValueError, match=r"no layer that gives maps, only blocks \(ModuleList\); layers inside: blocks.0"
+    ):
+        select_layers(model, "blocks")
+
+
+def test_modules_inside_one_another_are_not_both_meant():
+    model = nn.Sequential(nn.Sequential(nn.BatchNorm2d(1)), nn.ReLU())
+    with pytest.raises(
+        ValueError, match=r"'\*\*' matches no conv layer, and .* such as 0.0 in 0; name those"
+    ):
+        select_layers(model, "**")
 
 
 def test_other_layer_types_are_named_in_the_error():
@@ -382,8 +485,8 @@ def test_where_any_module_may_be_picked_modules_are_nearest():
 
 
 def test_a_model_without_layers_says_so():
-    with pytest.raises(ValueError, match="layers='conv' matches no layer; nearest conv layers: none"):
-        select_layers(nn.ModuleDict({"fc": nn.Linear(1, 1)}), "conv")
+    with pytest.raises(ValueError, match="layers='conv' matches no layer; nearest: none"):
+        select_layers(nn.ModuleDict({}), "conv")
 
 
 def test_one_pattern_of_a_list_that_picks_nothing_is_an_error():

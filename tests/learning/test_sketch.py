@@ -326,3 +326,10 @@ def test_maps_of_another_size_are_refused_unless_they_are_asked_for():
     sketch = Sketch((2, 6))
     assert sketch.takes((2, 6))
     assert not sketch.takes((2, 7))
+
+
+def test_activations_come_from_whatever_device():
+    """Of a model that is spread over devices; here the sketch is on the one that holds no values."""
+    sketch = Sketch((2, 4), num_samples=8, sketch_dim=4, device=torch.device("meta"))
+    sketch.update(torch.randn(3, 2, 4))
+    assert sketch.moments.device.type == "meta"

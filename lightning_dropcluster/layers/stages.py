@@ -1,0 +1,230 @@
+"""The stages of a timm model, as its ``feature_info`` tells them: what is picked without a pattern."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Protocol, TypeVar
+
+from torch import nn
+
+from lightning_dropcluster.layers.wrappers import CONV_LAYERS, name_modules
+
+MOST_STAGES = 8
+"""Models that name more stages name their blocks."""
+
+# Segments in names of what is no part of a stage's own path.
+_BESIDE = {"downsample", "shortcut", "pos_embed", "pos_embd", "head"}
+
+
+class Visited(Protocol):
+    """A module in the order in which a model runs its own."""
+
+    @property
+    def name(self) -> str:
+        """As `name_modules` gives it."""
+        ...
+
+    @property
+    def module(self) -> nn.Module:
+        """The module itself."""
+        ...
+
+    @property
+    def ends_stage(self) -> bool:
+        """Whether a stage may end with it, see `stage_ends`."""
+        ...
+
+
+_Visited = TypeVar("_Visited", bound=Visited)
+
+
+@dataclass(frozen=True)
+class _Defined:
+    """A module in the order in which a model defines its own."""
+
+    name: str
+    module: nn.Module
+    ends_stage: bool
+
+
+def default_layers(root: nn.Module) -> dict[str, int]:
+    """Name the outputs of all stages but the last of the one timm model inside.
+
+    Args:
+        root: the model, usually a LightningModule.
+
+    Returns:
+        Name to number of channels.
+
+    Raises:
+        ValueError: where there is no timm model or more than one, or it tells no such stages; the message has
+            patterns to copy.
+    """
+    models = _timm_models(root)
+    if len(models) != 1:
+        found = f"there are {len(models)} ({', '.join(models)})" if models else "there is none"
+        raise ValueError(
+            f"layers=None: takes the stages of the one timm model inside {type(root).__name__}, as its "
+            f"feature_info names them, but {found}; {_say_which(root, list(models))}"
+        )
+    ends, stages = stage_ends(root), _stages_before_last(root, *models)
+    if not stages:
+        raise ValueError(
+            f"layers=None: {type(next(iter(models.values()))).__name__} tells no stages whose outputs could "
+            f"be taken; {_say_which(root, [])}"
+        )
+    return {name: ends[name] for name in stages}
+
+
+def stage_ends(root: nn.Module) -> dict[str, int]:
+    """Find the modules with which the stages of timm models end.
+
+    Args:
+        root: a timm model, or a module that has some inside. They say in ``feature_info`` where their stages
+            end.
+
+    Returns:
+        Name to number of channels; none for other models. Ends that timm places inside a block are left out,
+        since the block's shortcut leads past them.
+    """
+    ends: dict[str, int] = {}
+    for prefix, model in _timm_models(root).items():
+        named = name_modules(model)
+        for entry in _entries(model):
+            # Models made with features_only=True have underscores in place of the dots.
+            for name in (str(entry["module"]), str(entry["module"]).replace(".", "_")):
+                if name and name in named and not _is_inside_a_block(name, named):
+                    ends[_join(prefix, name)] = entry["num_chs"]
+    return ends
+
+
+def split_stages(
+    visited: Sequence[_Visited], convs: Sequence[_Visited]
+) -> list[tuple[_Visited, list[_Visited]]]:
+    """Pair each module that ends a stage with the convs on the stage's own path; the stem is no stage.
+
+    Args:
+        visited: convs and ends of stages in the order in which they run.
+        convs: those of them that are conv layers.
+
+    Returns:
+        The stages in order.
+    """
+    ends = [step for step in visited if step.ends_stage]
+    if not (ends and convs):
+        return []
+    stem = _around(convs[0].name) - _around(ends[-1].name)
+    aside = _BESIDE | stem | {end.name for end in ends if _is_one_conv(end.module)}
+    stages: list[tuple[_Visited, list[_Visited]]] = []
+    own: list[_Visited] = []
+    for step in visited:
+        on_path = not aside & (_around(step.name) | set(step.name.split(".")))
+        if on_path and step in convs:
+            own.append(step)
+        is_stage = own or (on_path and _has_matrix(step.module))
+        # The last end may be a conv behind the last stage, in place of that stage's own end.
+        if is_stage and step.ends_stage and (on_path or step == ends[-1]):
+            stages.append((step, own))
+            own = []
+    return stages
+
+
+def _timm_models(root: nn.Module) -> dict[str, nn.Module]:
+    """Find the models that tell their stages, by what they have: this package does without timm."""
+    found: dict[str, nn.Module] = {}
+    for name, module in name_modules(root).items():
+        is_inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        if not is_inside and _entries(module) and not any(module is other for other in found.values()):
+            found[name] = module
+    return found
+
+
+def _entries(module: nn.Module) -> Sequence[Mapping[str, Any]]:
+    """What a module's feature_info says of its stages; nothing where it has none."""
+    info = getattr(module, "feature_info", None)
+    entries: Any = getattr(info, "info", info)
+    is_list = isinstance(entries, list | tuple)
+    told = is_list and all(
+        isinstance(entry, Mapping) and {"module", "num_chs"} <= entry.keys() for entry in entries
+    )
+    return entries if told else ()
+
+
+def _stages_before_last(root: nn.Module, model: str) -> list[str]:
+    """Find the stages from the order in which the model defines its modules."""
+    ends = stage_ends(root)
+    steps = [
+        _Defined(name, module, name in ends)
+        for name, module in _inside_out(root)
+        if (not model or f"{name}.".startswith(f"{model}."))
+        and (name in ends or isinstance(module, CONV_LAYERS))
+    ]
+    convs = [step for step in steps if isinstance(step.module, CONV_LAYERS)]
+    convs = [conv for conv in convs if _dims(conv) >= _dims(convs[0])]  # others gate, a number a channel
+    stages = [end.name for end, _ in split_stages(steps, convs)[:-1]]
+    return stages if len(stages) <= MOST_STAGES else []
+
+
+def _inside_out(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name modules in order, each behind those inside it."""
+    names = name_modules(root)
+    open_names: list[str] = []
+    for name in [*names, None]:
+        while open_names and not (name and (not open_names[-1] or name.startswith(f"{open_names[-1]}."))):
+            yield open_names[-1], names[open_names.pop()]
+        if name is not None:
+            open_names.append(name)
+
+
+def _say_which(root: nn.Module, models: Sequence[str]) -> str:
+    """Write patterns to copy: the stages of each model, else the parts of the trunk, and the first conv."""
+    names = name_modules(root)
+    convs = [name for name, module in names.items() if isinstance(module, CONV_LAYERS)]
+    if not convs:
+        return "say which layers; there is no conv layer"
+    choices = [_stages_before_last(root, model) for model in models]
+    if not any(choices):
+        trunk = _trunk(convs)
+        parts = dict.fromkeys(".".join(c.split(".")[: trunk + 1]) for c in convs)
+        choices = [[part for part in parts if part not in convs][:-1], convs[:1]]
+    texts = [
+        f"layers={choice[0]!r}" if len(choice) == 1 else f"layers={choice!r}" for choice in choices if choice
+    ]
+    return f"say which, for example {' or '.join(texts)}"
+
+
+def _trunk(convs: Sequence[str]) -> int:
+    """Count the segments that all names of convs begin with."""
+    same = [len(set(column)) == 1 for column in zip(*(name.split(".")[:-1] for name in convs), strict=False)]
+    return [*same, False].index(False)
+
+
+def _dims(conv: _Defined) -> int:
+    return len(getattr(conv.module, "kernel_size", ()))
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _around(name: str) -> set[str]:
+    """Name a module and those that hold it."""
+    return set(accumulate(name.split("."), "{}.{}".format))
+
+
+def _is_one_conv(module: nn.Module) -> bool:
+    """Whether a module is one conv with its norm and activation: of a stem or head, which timm lists too."""
+    convs = [name for name, inner in module.named_modules() if isinstance(inner, CONV_LAYERS)]
+    return len(convs) == 1 and "." not in convs[0] and not isinstance(module, nn.Sequential)
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether a module does more than norm, activation or pooling."""
+    return any(weight.ndim > 1 for weight in module.parameters())
+
+
+def _is_inside_a_block(name: str, named: Mapping[str, nn.Module]) -> bool:
+    """Whether something other than a plain container stands between a module and its model."""
+    around = list(accumulate(name.split("."), "{}.{}".format))[:-1]
+    plain = nn.Sequential | nn.ModuleList | nn.ModuleDict
+    return not all(isinstance(named[outer], plain) for outer in around)

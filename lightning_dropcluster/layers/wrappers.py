@@ -1,0 +1,74 @@
+"""What wraps a model or a layer: users write the names of the model they know."""
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+CONV_LAYERS: tuple[type[nn.Module], ...] = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+"""The layer types that patterns pick where they match any (subclasses included)."""
+
+LEARNED_CHILD = "structured_dropout"
+"""What a learned regulariser is called inside its layer; it is no layer of the model itself."""
+
+# Of torch.compile, FSDP, activation checkpointing and Opacus.
+_SEGMENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_module"}
+_PEFT_SEGMENTS = {"base_model", "model"}
+_PEFT_LAYERS = ("base_layer", "original_module")
+
+
+def name_modules(root: nn.Module) -> dict[str, nn.Module]:
+    """Name every module as `named_modules` does, but for what wrappers insert.
+
+    Args:
+        root: the model.
+
+    Returns:
+        Name to module. Of a wrapper and what it wraps, the inner one has the common name; an adapter of PEFT
+        has it in place of the layer that it adapts, and what is inside it has none.
+    """
+    return dict(_walk("", root))
+
+
+def adapted_layer(module: nn.Module) -> nn.Module:
+    """Return the layer that an adapter of PEFT stands for.
+
+    Args:
+        module: any.
+
+    Returns:
+        That layer; of other modules the module itself.
+    """
+    while _is_of_peft(module):
+        inner = next((module._modules[name] for name in _PEFT_LAYERS if name in module._modules), None)
+        if inner is None:
+            break
+        module = inner
+    return module
+
+
+def _walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    yield name, module
+    if adapted_layer(module) is not module:
+        return
+    for child, inner in module._modules.items():
+        if inner is not None and child != LEARNED_CHILD:
+            yield from _walk(name if _is_wrapping(module, child) else f"{name}.{child}".lstrip("."), inner)
+
+
+def _is_wrapping(module: nn.Module, child: str) -> bool:
+    """Whether a segment of a name is a wrapper's."""
+    if child == "module":
+        return isinstance(module, DataParallel | DistributedDataParallel)
+    return child in _SEGMENTS or (child in _PEFT_SEGMENTS and _is_of_peft(module))
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)

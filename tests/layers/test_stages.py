@@ -1,0 +1,169 @@
+"""What is picked without a pattern: the outputs of all stages but the last of the one timm model inside."""
+
+import functools
+import logging
+import re
+
+import pytest
+import timm
+import torch
+from fits import Classifier, make_trainer
+from timm.models import SwinTransformer
+from torch import nn
+
+from lightning_dropcluster import DropCluster, StructuredDropout, preview, select_layers
+from lightning_dropcluster.layers.stages import default_layers
+
+FAMILIES = {
+    "resnet18": ["layer1", "layer2", "layer3"],
+    "resnet50d": ["layer1", "layer2", "layer3"],  # timm lists the activation behind the stem
+    "resnetv2_50": ["stages.0", "stages.1", "stages.2"],
+    "efficientnet_b0": ["blocks.0", "blocks.1", "blocks.2", "blocks.4"],
+    "mobilenetv3_small_050": ["blocks.0", "blocks.1", "blocks.3"],
+    "convnext_atto": ["stages.0", "stages.1", "stages.2"],
+    "regnetx_002": ["s1", "s2", "s3"],
+    "vgg11_bn": ["features.6", "features.13", "features.20"],
+    "densenet121": ["features.denseblock1", "features.denseblock2", "features.denseblock3"],
+    "darknet53": ["stages.0", "stages.1", "stages.2", "stages.3"],
+    "cspresnet50": ["stages.0", "stages.1", "stages.2"],
+    "repvgg_a0": ["stages.0", "stages.1", "stages.2"],
+    "legacy_xception": ["act2"],  # the others end inside blocks
+    "inception_v3": ["Mixed_5d", "Mixed_6e"],
+    "nfnet_f0": ["stages.0", "stages.1", "stages.2"],  # stem and head are convs among its stages
+    "tresnet_m": ["body.layer1", "body.layer2", "body.layer3"],
+    "maxvit_tiny_tf_224": ["stages.0", "stages.1", "stages.2"],
+}
+
+
+LIGHT = ["resnet18", "mobilenetv3_small_050", "convnext_atto", "regnetx_002", "densenet121", "repvgg_a0"]
+
+
+@functools.cache
+def on_meta(name: str, **options: bool) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family):
+    model = on_meta(family)
+    names = default_layers(nn.ModuleDict({"model": model}))
+    assert list(names) == [f"model.{name}" for name in FAMILIES[family]]
+    found = preview(model, None, model.default_cfg["input_size"])
+    shapes = {f"model.{layer.name}": layer.shape for layer in found.layers}
+    assert {name: shape[0] for name, shape in shapes.items()} == names
+    assert all(len(shape) == 3 and shape[1] * shape[2] > 1 for shape in shapes.values())
+
+
+@pytest.mark.parametrize("family", LIGHT)
+def test_no_shortcut_bypasses_them(family):
+    """With one of them set to zero, nothing of the image arrives at the head, whatever the image is."""
+    model = timm.create_model(family, num_classes=0).eval()
+    images = torch.randn(2, 3, 64, 64)
+    for layer in select_layers(model).values():
+        handle = layer.register_forward_hook(lambda _, args, output: output * 0.0)
+        with torch.no_grad():
+            first, second = model(images)
+        handle.remove()
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel])
+def test_the_model_is_found_wherever_it_is(wrap):
+    inner = nn.ModuleDict({"encoder": wrap(on_meta("resnet18")), "head": nn.Linear(1, 1)})
+    root = nn.ModuleDict({"loss": nn.CrossEntropyLoss(), "net": inner})
+    assert list(select_layers(root)) == [f"net.encoder.layer{stage}" for stage in (1, 2, 3)]
+
+
+def test_a_model_made_for_its_features_has_other_names():
+    model = on_meta("convnext_atto", features_only=True)
+    assert list(select_layers(model)) == ["stages_0", "stages_1", "stages_2"]
+
+
+class TorchvisionLike(nn.Module):
+    """Stages without feature_info."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3)
+        for stage in (1, 2, 3):
+            setattr(self, f"layer{stage}", nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)))
+
+
+def pasted(message: str) -> list[object]:
+    """Read the patterns that an error says to copy."""
+    return [eval(text) for text in re.findall(r"layers=(\[.*?\]|'.*?')", message)]
+
+
+def test_without_a_model_that_tells_its_stages_there_are_patterns_to_copy():
+    root = nn.ModuleDict({"model": TorchvisionLike(), "fc": nn.Linear(1, 1)})
+    with pytest.raises(
+        ValueError,
+        match=r"layers=None: takes the stages of the one timm model .*, but there is none; say which",
+    ) as error:
+        select_layers(root)
+    stages, stem = pasted(str(error.value))
+    assert (stages, stem) == (["model.layer1", "model.layer2"], "model.conv1")
+    assert list(select_layers(root, stages)) == stages
+
+
+def test_with_two_models_there_are_the_stages_of_each_to_copy():
+    root = nn.ModuleDict({"student": on_meta("resnet18"), "teacher": on_meta("vgg11_bn")})
+    with pytest.raises(ValueError, match=r"there are 2 \(student, teacher\)") as error:
+        select_layers(root)
+    assert pasted(str(error.value)) == [
+        [f"student.layer{stage}" for stage in (1, 2, 3)],
+        [f"teacher.features.{place}" for place in (6, 13, 20)],
+    ]
+
+
+@pytest.mark.parametrize("family", ["vit_tiny_patch16_224", "xception41", "convmixer_768_32"])
+def test_models_whose_stages_cannot_be_taken_say_so(family):
+    with pytest.raises(
+        ValueError, match=r"tells no stages whose outputs could be taken; say which, for .*layers="
+    ):
+        select_layers(on_meta(family))
+
+
+def test_a_model_without_convs_says_so():
+    with pytest.raises(ValueError, match="there is no conv layer"):
+        select_layers(nn.Sequential(nn.Linear(1, 1)))
+
+
+@pytest.mark.parametrize(
+    "feature_info",
+    [[{"module": "a"}], [3], "stages", {"module": "a", "num_chs": 1}, [{"module": "", "num_chs": 1}]],
+)
+def test_what_only_looks_like_stages_is_none(feature_info):
+    model = TorchvisionLike()
+    model.feature_info = feature_info
+    with pytest.raises(ValueError, match="layers=None"):
+        select_layers(model)
+
+
+# In a fit
+
+
+@pytest.mark.parametrize(
+    "make", [DropCluster, functools.partial(StructuredDropout, regularizer="drop_block")]
+)
+def test_a_callback_without_layers_takes_them_and_says_which(loader, caplog, make):
+    callback = make(start=0.0)
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
+        make_trainer(callback, max_epochs=1, fast_dev_run=2).fit(Classifier(), loader)
+    names = [f"model.layer{stage}" for stage in (1, 2, 3)]
+    assert (
+        f"{type(callback).__name__}: layers=None takes the outputs of stages, layers={names}" in caplog.text
+    )
+    assert "'layers': None" in callback.state_key
+
+
+def test_stages_that_give_no_maps_are_named_in_the_first_step(loader):
+    swin = SwinTransformer(
+        img_size=32, patch_size=2, embed_dim=8, depths=(1, 1), num_heads=(1, 1), num_classes=4
+    )
+    module = Classifier(swin)
+    with pytest.raises(
+        ValueError, match=r"takes 'model.layers.0' for a stage of 8 .* has shape \(8, 16, 16, 8\)"
+    ):
+        make_trainer(DropCluster()).fit(module, loader)
