@@ -181,6 +181,7 @@ class ImageDataModule(pl.LightningDataModule):
             only where a mirrored image keeps its class.
         moments: mean and standard deviation of each channel, on the scale 0 to 1, that images are normalised
             by; those of the training images by default.
+        validate: whether training is to look at the images to calibrate on after each epoch.
 
     Raises:
         ValueError: if `batch_size` is below 1.
@@ -194,11 +195,13 @@ class ImageDataModule(pl.LightningDataModule):
         seed: int = 0,
         augment: bool = False,
         moments: tuple[Tensor, Tensor] | None = None,
+        validate: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.data, self.batch_size, self.seed, self.augment = data, batch_size, seed, augment
+        self.validate = validate
         self.mean, self.std = channel_moments(data.train.images) if moments is None else moments
 
     def train_dataloader(self) -> DataLoader:
@@ -211,6 +214,10 @@ class ImageDataModule(pl.LightningDataModule):
             drop_last=len(self.data.train) > self.batch_size,
             collate_fn=partial(self._prepare, generator=generator if self.augment else None),
         )
+
+    def val_dataloader(self) -> list[DataLoader]:
+        wanted = [self.data.calibration] if self.validate and self.data.calibration is not None else []
+        return [self.loader(split) for split in wanted]
 
     def loader(self, split: Split) -> DataLoader:
         """Serve images to score on, in their order."""

@@ -18,7 +18,7 @@ WITH_BLOCKS = ("drop_block", "prob_drop_block", "corr_drop")
 
 # Settings that callbacks take under the same name; a new option of theirs belongs here and in `Settings`.
 OF_BOTH = ("start", "schedule", "clean_statistics")
-OF_DROP_CLUSTER = ("cluster_size", "scope", "every_n_epochs", "num_samples", "per_sample", "seed")
+OF_DROP_CLUSTER = ("fill", "cluster_size", "scope", "every_n_epochs", "num_samples", "per_sample", "seed")
 
 
 def build_callback(settings: Settings, model: nn.Module, **changes: Any) -> pl.Callback | None:
@@ -37,6 +37,8 @@ def build_callback(settings: Settings, model: nn.Module, **changes: Any) -> pl.C
     first = next((name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), "**")
     layers = f"model.{first}" if settings.layers is None else settings.layers
     common = {**_named(settings, OF_BOTH), "layer_types": nn.Module if settings.any_layer else None}
+    is_auto = settings.drop_prob == "auto"
+    common["schedule"] = None if is_auto else settings.schedule
     paired = {"paired": settings.pair_weight > 0}
     if settings.regularizer == "dropcluster":
         own = {**_named(settings, OF_DROP_CLUSTER), **paired, "clusterer": _clusterer(settings)}
@@ -45,8 +47,10 @@ def build_callback(settings: Settings, model: nn.Module, **changes: Any) -> pl.C
         tell_channels(model)
         return StructuredDropout(layers, settings.regularizer, **{**common, "schedule": None})
     blocks = {"block_size": settings.block_size} if settings.regularizer in WITH_BLOCKS else {}
-    regularizer = REGULARIZERS[settings.regularizer](settings.drop_prob, **paired, **blocks)
-    return StructuredDropout(layers, regularizer, **common)
+    regularizer = REGULARIZERS[settings.regularizer](
+        0.0 if is_auto else settings.drop_prob, **paired, **blocks
+    )
+    return StructuredDropout(layers, regularizer, "auto" if is_auto else None, **common)
 
 
 def _named(settings: Settings, names: tuple[str, ...]) -> dict[str, Any]:

@@ -52,7 +52,8 @@ class Settings:
             are for all but the last.
         layers: pattern or list of patterns of layer names; the first convolution by default.
         any_layer: let `layers` name modules of any type, such as activations, not convolutions only.
-        drop_prob: drop probability at the end of training, in [0, 1).
+        drop_prob: drop probability at the end of training, in [0, 1), or "auto", which follows the loss on
+            the images to calibrate on and needs no `schedule`.
         start: fraction of training (0.25) or epoch (40) from which something is dropped.
         schedule: how the drop probability grows from there to the end.
         clean_statistics: let BatchNorm's running averages follow steps that drop nothing; off by default, as
@@ -62,6 +63,7 @@ class Settings:
             dropped, with this weight of their disagreement.
         clusters: of "dropcluster": "learned"; as controls "shuffled", sizes as learned but members drawn at
             random, and "blocks", fixed squares; see `controls.py`.
+        fill: what "dropcluster" puts in the place of a dropped cluster: "zero", or its "mean".
         cluster_size: mean number of features per cluster.
         scope: what is grouped: features within each "map", "position"s, whole "channel"s, or the "layer".
         every_n_epochs: epochs between two clusterings; 0 to keep the first.
@@ -94,13 +96,14 @@ class Settings:
     regularizer: RegularizerName = "none"
     layers: str | list[str] | None = None
     any_layer: bool = False
-    drop_prob: float = 0.15
+    drop_prob: float | Literal["auto"] = 0.15
     start: int | float = 0.25
     schedule: Literal["linear", "constant", "cosine"] = "linear"
     clean_statistics: bool = False
     block_size: int = 7
     pair_weight: float = 0.0
     clusters: ClustersName = "learned"
+    fill: Literal["zero", "mean"] = "zero"
     cluster_size: int | float | None = None
     scope: Literal["map", "position", "layer", "channel"] = "map"
     every_n_epochs: int = 5
@@ -126,6 +129,8 @@ class Settings:
             _check(self, name, value is None or 0 < value < math.inf, "above 0")
         for name in ("pair_weight", "corrupted_samples", "calibration_samples"):
             _check(self, name, 0 <= getattr(self, name) < math.inf, "at least 0")
+        if self.drop_prob == "auto" and not self.calibration_samples:
+            raise ValueError("drop_prob 'auto' needs calibration_samples above 0, got 0")
         if self.plot is not None and self.regularizer != "dropcluster":
             raise ValueError(f"plot must be None unless regularizer is 'dropcluster', got {self.plot!r}")
 

@@ -50,6 +50,10 @@ class Classifier(RBlock, pl.LightningModule):
         self.log("loss", loss, prog_bar=True)
         return loss
 
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        self.log("val_loss", F.cross_entropy(self(images), labels), batch_size=len(labels))
+
     def predict_step(
         self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> tuple[Tensor, Tensor]:
@@ -124,13 +128,18 @@ def build_batches(settings: Settings) -> ImageDataModule:
         )
     moments = None if settings.weights is None else trained_moments(settings.model)
     return ImageDataModule(
-        data, settings.batch_size, seed=settings.seed, augment=settings.augment, moments=moments
+        data,
+        settings.batch_size,
+        seed=settings.seed,
+        augment=settings.augment,
+        moments=moments,
+        validate=settings.drop_prob == "auto",
     )
 
 
 def build_classifier(settings: Settings, num_classes: int) -> Classifier:
     """Create the model that the settings describe, ready to be trained."""
-    drop_path = settings.drop_prob if settings.regularizer == "drop_path" else 0.0
+    drop_path = float(settings.drop_prob) if settings.regularizer == "drop_path" else 0.0
     model = build_model(
         settings.model, settings.stem, num_classes, weights=settings.weights, drop_path=drop_path
     )
