@@ -25,18 +25,19 @@ def make_callback(**options) -> DropCluster:
 @pytest.mark.parametrize("start", [0.0, 0.5])
 def test_sketches_that_memory_never_suffices_for_are_told_in_the_first_step(loader, start):
     told, module = [], Classifier(small())
+    look = At(lambda *_: told.append(any("out of memory" in str(one.message) for one in all)))
     callback = make_callback(start=start, sketch_dim=2 * 10**9)
     with (
         pytest.warns(UserWarning, match="no clusters were made and nothing was dropped"),
         pytest.warns(UserWarning, match="out of memory for gathering") as all,
     ):
-        make_trainer(callback, At(lambda *_: told.append(len(all)))).fit(module, loader)
+        make_trainer(callback, look).fit(module, loader)
     messages = [str(one.message) for one in all if "DropCluster" in str(one.message)]
     assert len(messages) == 2
     assert "layer 'model.0': with sketch_dim=2000000000 the sketch of 'model.0' takes 57,6" in messages[0]
     assert "lower sketch_dim" in messages[0]
     assert messages[1] == "DropCluster: no clusters were made and nothing was dropped"
-    assert told[0] >= 1
+    assert told[0]
     assert len(module.losses) == 16
 
 
