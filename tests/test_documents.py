@@ -159,6 +159,6 @@ def test_patterns_for_common_models_pick_something(name, cells):
 
 
 def test_the_table_of_settings_is_that_of_the_callback():
-    table = re.findall(r"^\| `(.+)` \| .*\| .*\| .*\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    table = re.findall(r"^\| `(.+)` \| .*\| .*\| .*\|$", (ROOT / "docs" / "settings.md").read_text(), re.MULTILINE)
     named = {name for row in table for name in row.split("` or `")}
     assert named == set(inspect.signature(DropCluster).parameters) - {"layers"}
