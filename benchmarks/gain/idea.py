@@ -116,11 +116,11 @@ def draw(photo: Tensor, feature_map: Tensor, labels: Tensor) -> Figure:
     }
     figure = Figure(figsize=(13, 2.6), layout="compressed")
     axes = figure.subplots(1, 6)
-    axes[0].imshow((photo / 2 + 0.5).permute(1, 2, 0))
-    axes[1].imshow(feature_map)
+    axes[0].imshow((photo / 2 + 0.5).permute(1, 2, 0).numpy())
+    axes[1].imshow(feature_map.numpy())
     draw_map(axes[2], labels, neighbor_colors(labels[None]))
     for ax, method in zip(axes[3:], methods.values(), strict=True):
-        ax.imshow(feature_map.masked_fill(draw_hidden(method, labels.shape), torch.nan))
+        ax.imshow(feature_map.masked_fill(draw_hidden(method, labels.shape), torch.nan).numpy())
     titles = ["image", "one feature map", "features that\nrespond alike", *methods]
     for ax, title in zip(axes, titles, strict=True):
         ax.set(title=title, xticks=[], yticks=[])
