@@ -159,6 +159,7 @@ def test_patterns_for_common_models_pick_something(name, cells):
 
 
 def test_the_table_of_settings_is_that_of_the_callback():
-    table = re.findall(r"^\| `(.+)` \| .*\| .*\| .*\|$", (ROOT / "docs" / "settings.md").read_text(), re.MULTILINE)
+    page = (ROOT / "docs" / "settings.md").read_text()
+    table = re.findall(r"^\| `(.+)` \| .*\| .*\| .*\|$", page, re.MULTILINE)
     named = {name for row in table for name in row.split("` or `")}
     assert named == set(inspect.signature(DropCluster).parameters) - {"layers"}
