@@ -181,7 +181,6 @@ class ImageDataModule(pl.LightningDataModule):
             only where a mirrored image keeps its class.
         moments: mean and standard deviation of each channel, on the scale 0 to 1, that images are normalised
             by; those of the training images by default.
-        validate: whether training is to look at the images to calibrate on after each epoch.
 
     Raises:
         ValueError: if `batch_size` is below 1.
@@ -195,13 +194,11 @@ class ImageDataModule(pl.LightningDataModule):
         seed: int = 0,
         augment: bool = False,
         moments: tuple[Tensor, Tensor] | None = None,
-        validate: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.data, self.batch_size, self.seed, self.augment = data, batch_size, seed, augment
-        self.validate = validate
         self.mean, self.std = channel_moments(data.train.images) if moments is None else moments
 
     def train_dataloader(self) -> DataLoader:
@@ -215,10 +212,6 @@ class ImageDataModule(pl.LightningDataModule):
             collate_fn=partial(self._prepare, generator=generator if self.augment else None),
         )
 
-    def val_dataloader(self) -> list[DataLoader]:
-        wanted = [self.data.calibration] if self.validate and self.data.calibration is not None else []
-        return [self.loader(split) for split in wanted]
-
     def loader(self, split: Split) -> DataLoader:
         """Serve images to score on, in their order."""
         return DataLoader(split, SCORED_AT_ONCE, collate_fn=self._prepare)
@@ -227,6 +220,14 @@ class ImageDataModule(pl.LightningDataModule):
         images, labels = batch
         images = (images.float() / 255 - self.mean) / self.std
         return (images if generator is None else jitter(images, generator, self.data.mirror)), labels
+
+
+class ValidatedDataModule(ImageDataModule):
+    """Let training look at the images to calibrate on after each epoch."""
+
+    def val_dataloader(self) -> DataLoader:
+        assert self.data.calibration is not None
+        return self.loader(self.data.calibration)
 
 
 def channel_moments(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jsonargparse import auto_cli
 from torch import Tensor, nn
 
-from benchmarks.common.data import ImageDataModule, load
+from benchmarks.common.data import ImageDataModule, ValidatedDataModule, load
 from benchmarks.common.models import build_model, trained_moments
 from benchmarks.common.record import provenance, quiet, write_line
 from benchmarks.gain.methods import build_callback
@@ -127,14 +127,8 @@ def build_batches(settings: Settings) -> ImageDataModule:
             f"got {settings.corrupted_samples}"
         )
     moments = None if settings.weights is None else trained_moments(settings.model)
-    return ImageDataModule(
-        data,
-        settings.batch_size,
-        seed=settings.seed,
-        augment=settings.augment,
-        moments=moments,
-        validate=settings.drop_prob == "auto",
-    )
+    kind = ValidatedDataModule if settings.drop_prob == "auto" else ImageDataModule
+    return kind(data, settings.batch_size, seed=settings.seed, augment=settings.augment, moments=moments)
 
 
 def build_classifier(settings: Settings, num_classes: int) -> Classifier:

@@ -6,15 +6,17 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_dropcluster import ranks
+from lightning_dropcluster.callbacks import training
 from lightning_dropcluster.callbacks.auto_drop_prob import AutoDropProb
-from lightning_dropcluster.callbacks.schedule import Schedule, TrainingPosition
+from lightning_dropcluster.callbacks.clean_steps import CleanSteps
+from lightning_dropcluster.callbacks.schedule import Schedule
 from lightning_dropcluster.callbacks.step_scope import StepScope, suspend
 from lightning_dropcluster.checks import check_bool, check_number, check_text
+from lightning_dropcluster.layers.idle import idle_warnings
 from lightning_dropcluster.layers.injection import backward_hook_warning, unused_layers_error
-from lightning_dropcluster.layers.norm_statistics import NormStatistics, is_clean_step
 from lightning_dropcluster.layers.selection import (
     Layers,
     LayerTypes,
@@ -68,7 +70,7 @@ class LayerCallback(_Base):
     """
 
     log_name: ClassVar[str]
-    _layers: Any  # what subclasses do it with; it names its `silent` layers, and can `rest` and `detach`
+    _layers: Any  # what subclasses do it with
 
     def __init__(
         self,
@@ -93,10 +95,9 @@ class LayerCallback(_Base):
         self.layers, self.layer_types = layers, layer_types
         self.drop_prob = drop_prob
         self.monitor, self.max_drop_prob, self.clean_statistics = monitor, max_drop_prob, clean_statistics
-        self._auto = AutoDropProb(max_drop_prob) if drop_prob == "auto" else None
         self._schedule = schedule
-        self._statistics = NormStatistics()
-        self._has_clean_steps = self._drops = False
+        auto = AutoDropProb(max_drop_prob) if drop_prob == "auto" else None
+        self._clean_steps = CleanSteps(clean_statistics, auto)
         self._hooked: dict[str, nn.Module] = {}
         self._drop_prob_now = 0.0
         self._loaded: dict[str, Any] | None = None
@@ -128,7 +129,8 @@ class LayerCallback(_Base):
         self._meet_others(trainer, modules)
         self._hooked = modules
         self._attach(trainer, pl_module)
-        self._attach_statistics(trainer, pl_module)
+        self._check_validation(trainer)
+        self._clean_steps.attach(pl_module, [other._clean_steps for other in self._others_before(trainer)])
         suspend(self._layers.hooks)
         if self.layers is None:
             self._expect_stages(pl_module)
@@ -154,24 +156,23 @@ class LayerCallback(_Base):
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Set the drop probability of the step."""
-        position = _position(trainer, batch_idx)
+        position = training.position(trainer, batch_idx)
         fraction, is_due = self._schedule.advance(position)
-        if _only_updates_statistics(trainer):
+        if training.only_updates_statistics(trainer):
             fraction, is_due = 0.0, False
         if is_due or (self._schedule.has_begun and batch_idx == 0):
-            self._warn_of_idle_layers(pl_module)
-        batch_of_all = trainer.fit_loop.epoch_loop.total_batch_idx
-        is_clean = self._has_clean_steps and is_clean_step(batch_of_all, position.batches_left)
+            for warning in idle_warnings(pl_module, self._hooked):
+                self._warn(warning)
+        is_clean = self._clean_steps.is_due(trainer, position.batches_left)
         self._drop_prob_now = self._begin_step(fraction, is_due, is_clean)
-        self._drops = self._drop_prob_now != 0.0 and not is_clean
-        self._statistics.begin_step(self._drops)
+        self._clean_steps.begin_step(self._drop_prob_now, is_clean)
         self._scope.open(trainer.strategy, self._layers.hooks)
         if not (trainer.barebones or math.isnan(self._drop_prob_now)):
             pl_module.log(f"{self._log_prefix}/drop_prob", self._drop_prob_now, batch_size=1)
 
     def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Put running averages back before other callbacks see them; recomputed forwards move them too."""
-        self._statistics.put_back()
+        """Put running averages back where the step drops."""
+        self._clean_steps.put_back()
 
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
@@ -179,9 +180,7 @@ class LayerCallback(_Base):
         """Fail where a layer of a new training has not run in a whole epoch; before the start, warn."""
         self._scope.close()
         self._layers.pause()
-        self._statistics.end_step()
-        if self._auto is not None and not self._drops:
-            self._add_loss(trainer, outputs)
+        self._clean_steps.end_step(trainer, outputs)
         self._saw_first_batch |= batch_idx == 0
         if not (self._is_fresh and self._saw_first_batch and trainer.is_last_batch):
             return
@@ -195,33 +194,23 @@ class LayerCallback(_Base):
         """Drop nothing where the last batch was skipped, and so never ended."""
         self._scope.close()
         self._layers.pause()
-        self._statistics.cancel_step()
+        self._clean_steps.cancel_step()
 
     def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Let the drop probability follow the validation loss."""
-        if self._auto is None or not self._hooked or trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        loss = trainer.callback_metrics.get(self.monitor)
-        if not self._auto.compare(None if loss is None else float(loss), pl_module.device):
-            logged = ", ".join(map(repr, sorted(trainer.callback_metrics))) or "nothing"
-            raise ValueError(
-                f"monitor={self.monitor!r}: drop_prob='auto' needs it, but validation did not log it; "
-                f"logged: {logged}"
-            )
-        if not self._auto.has_losses:
-            raise ValueError(
-                "drop_prob='auto': needs the training loss; let training_step return it, also with manual "
-                "optimisation"
-            )
+        if self._hooked:
+            self._clean_steps.follow(trainer, pl_module, self.monitor)
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Say so where the start was never reached."""
-        schedule = self._schedule
-        if not (schedule.has_begun or schedule.is_late or is_trial(trainer)):
+        schedule, auto = self._schedule, self._clean_steps.auto
+        if training.is_trial(trainer):
+            return
+        if not (schedule.has_begun or schedule.is_late):
             self._warn(
                 f"start={schedule.start!r} was not reached before training ended, so nothing was dropped"
             )
-        elif self._auto is not None and not (self._auto.has_compared or is_trial(trainer)):
+        elif auto is not None and not auto.has_compared:
             self._warn("drop_prob='auto': training ended before a validation did, so nothing was dropped")
 
     def on_exception(
@@ -244,8 +233,7 @@ class LayerCallback(_Base):
         """
         self._scope.close()
         self._layers.detach()
-        self._statistics.cancel_step()
-        self._statistics = NormStatistics(self._statistics.left_out)
+        self._clean_steps.detach()
         self._hooked = {}
         self._drop_prob_now = 0.0
         self._is_fresh = self._saw_first_batch = False
@@ -262,8 +250,7 @@ class LayerCallback(_Base):
             return self._loaded
         return {
             "progress": self._schedule.state_dict(),
-            "left_out": self._statistics.left_out,
-            "auto": None if self._auto is None else self._auto.state_dict(),
+            **self._clean_steps.state_dict(),
             **self._state(),
         }
 
@@ -290,9 +277,7 @@ class LayerCallback(_Base):
         if self._loaded is not None:
             state, self._loaded = self._loaded, None
             self._schedule.load_state_dict(state["progress"])
-            self._statistics.left_out = state.get("left_out", 0)
-            if self._auto is not None and state.get("auto") is not None:
-                self._auto.load_state_dict(state["auto"])
+            self._clean_steps.load_state_dict(state)
             self._load(state)
 
     def _key(self, **settings: Any) -> str:
@@ -314,9 +299,7 @@ class LayerCallback(_Base):
     def _reset(self) -> None:
         """Go back to before the start."""
         self._schedule.reset()
-        self._statistics.left_out = 0
-        if self._auto is not None:
-            self._auto.reset()
+        self._clean_steps.reset()
 
     def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Hook ``self._hooked``; forget an earlier training where a new one begins."""
@@ -347,29 +330,8 @@ class LayerCallback(_Base):
     @property
     def _full_drop_prob(self) -> float:
         """What the schedule leads to."""
-        return self._auto.drop_prob if self._auto is not None else self.drop_prob
-
-    # Clean steps
-
-    def _attach_statistics(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Look for running averages; callbacks of one Trainer look after them together."""
-        if self._auto is not None and not trainer.enable_validation:
-            raise ValueError(
-                "drop_prob='auto': needs validation, so give fit validation data, define validation_step and "
-                "leave limit_val_batches above 0; or give drop_prob as a number"
-            )
-        self._has_clean_steps = self._auto is not None
-        if self.clean_statistics:
-            for other in self._others_before(trainer):
-                if other.clean_statistics:
-                    self._statistics = other._statistics
-            self._has_clean_steps |= self._statistics.attach(pl_module)
-
-    def _add_loss(self, trainer: "Trainer", outputs: Any) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor) and self._auto is not None:
-            parts = trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else 1
-            self._auto.add(loss * parts)  # Lightning has divided it
+        auto = self._clean_steps.auto
+        return self.drop_prob if auto is None else auto.drop_prob
 
     # The others and the user
 
@@ -403,41 +365,20 @@ class LayerCallback(_Base):
         every: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
         return every[: every.index(self)] if self in every else every
 
+    def _check_validation(self, trainer: "Trainer") -> None:
+        if self._clean_steps.auto is not None and not trainer.enable_validation:
+            raise ValueError(
+                "drop_prob='auto': needs validation, so give fit validation data, define validation_step and "
+                "leave limit_val_batches above 0; or give drop_prob as a number"
+            )
+
     def _check_start(self, trainer: "Trainer") -> None:
         self._schedule.check(trainer.max_epochs, trainer.max_steps)
-        if self._schedule.is_late and not is_trial(trainer):
+        if self._schedule.is_late and not training.is_trial(trainer):
             self._warn(
                 f"start={self._schedule.start!r}: training ends after max_epochs={trainer.max_epochs}, so "
                 "nothing will be dropped"
             )
-
-    def _warn_of_idle_layers(self, pl_module: nn.Module) -> None:
-        there = {id(module) for module in pl_module.modules()}
-        gone = [name for name, module in self._hooked.items() if id(module) not in there]
-        if gone:
-            self._warn(
-                f"layers {', '.join(gone)} are no longer part of the model, so nothing is dropped or "
-                "gathered there; replace or fuse layers before fit, or fit again"
-            )
-        idle = {name: module for name, module in self._hooked.items() if not module.training}
-        frozen = [name for name, module in idle.items() if _is_frozen(pl_module, name, module)]
-        for names, what, advice in (
-            (
-                frozen,
-                "frozen and in eval mode",
-                "leave them out by naming the child that trains in the pattern",
-            ),
-            (
-                [n for n in idle if n not in frozen],
-                "in eval mode",
-                "call .train() on them, or leave them out",
-            ),
-        ):
-            if names:
-                self._warn(
-                    f"layers {', '.join(names)} are {what} in a training step, so nothing is dropped or "
-                    f"gathered there; {advice}"
-                )
 
     def _warn(self, message: str) -> None:
         ranks.warn(message, type(self).__name__)
@@ -448,52 +389,3 @@ def check_drop_prob(drop_prob: Any) -> Any:
     if isinstance(drop_prob, str) and drop_prob != "auto":
         raise TypeError(f"drop_prob={drop_prob!r}: must be a number in [0, 1) or 'auto'")
     return drop_prob if drop_prob == "auto" else check_number("drop_prob", drop_prob, 0, 1, high_open=True)
-
-
-def _is_frozen(root: nn.Module, name: str, layer: nn.Module) -> bool:
-    """Whether nothing of a layer is learned; an activation, of its own, has nothing: its child's count."""
-    child = getattr(root, name.partition(".")[0], layer)
-    weights = list(layer.parameters()) or list(child.parameters() if isinstance(child, nn.Module) else ())
-    return bool(weights) and not any(weight.requires_grad for weight in weights)
-
-
-def is_trial(trainer: "Trainer") -> bool:
-    """Whether training is too short on purpose.
-
-    Args:
-        trainer: whose training it is.
-
-    Returns:
-        True with ``fast_dev_run``.
-    """
-    return bool(getattr(trainer, "fast_dev_run", False))
-
-
-def logger_step(trainer: "Trainer") -> int:
-    """Return the step under which Lightning sends a batch's values to loggers.
-
-    Args:
-        trainer: whose training it is.
-
-    Returns:
-        The batches that have stepped, which several optimisers do not multiply.
-    """
-    return getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
-
-
-def _only_updates_statistics(trainer: "Trainer") -> bool:
-    """Whether this is the epoch in which weight averaging trains nothing but BatchNorm's averages."""
-    return bool(getattr(trainer.fit_loop, "_skip_backward", False))
-
-
-def _position(trainer: "Trainer", batch_idx: int) -> TrainingPosition:
-    """Where training is now, as the trainer's own counters say it."""
-    return TrainingPosition(
-        epoch=trainer.current_epoch,
-        step=trainer.global_step,
-        batch=batch_idx,
-        batches_per_epoch=trainer.num_training_batches,
-        max_epochs=trainer.max_epochs if trainer.max_epochs is not None else -1,
-        max_steps=trainer.max_steps,
-        batches_per_step=trainer.accumulate_grad_batches,
-    )

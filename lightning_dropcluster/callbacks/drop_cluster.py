@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_dropcluster.callbacks.base import LayerCallback, check_drop_prob, is_trial, logger_step
+from lightning_dropcluster.callbacks import training
+from lightning_dropcluster.callbacks.base import LayerCallback, check_drop_prob
 from lightning_dropcluster.callbacks.progress_bar import WaitingLine
 from lightning_dropcluster.callbacks.ramps import default_ramp, make_ramp
 from lightning_dropcluster.callbacks.schedule import Schedule
@@ -213,13 +214,13 @@ class DropCluster(LayerCallback):
             self._log_reports(trainer, pl_module, reports)
         if self._pictures is not None and reports and trainer.is_global_zero:
             clusters = {name: self._layers.clusters[name] for name in reports}
-            self._pictures.send(trainer, clusters, self._log_prefix, logger_step(trainer))
+            self._pictures.send(trainer, clusters, self._log_prefix, training.logger_step(trainer))
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Say so where there never were any labels."""
         super().on_train_end(trainer, pl_module)
-        if not is_trial(trainer):
+        if not training.is_trial(trainer):
             self._warn_of_no_clusters()
 
     def _reset(self) -> None:
@@ -301,7 +302,7 @@ class DropCluster(LayerCallback):
         # To the loggers at once, as Lightning's own callbacks do: `log` would pass on every
         # log_every_n_steps-th step's values alone, or the mean of an epoch at its end.
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=logger_step(trainer))
+            logger.log_metrics(metrics, step=training.logger_step(trainer))
         pl_module.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, sync_dist=True, logger=False)
 
     def _check_initial_labels(self) -> None:

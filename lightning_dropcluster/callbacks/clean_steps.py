@@ -1,0 +1,102 @@
+"""Clean steps: they drop nothing, for running averages and for a drop_prob that follows a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_dropcluster.callbacks import training
+from lightning_dropcluster.callbacks.auto_drop_prob import AutoDropProb
+from lightning_dropcluster.layers.norm_statistics import NormStatistics, is_clean_step
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+
+class CleanSteps:
+    """Says which steps are clean, and sees to what they are for.
+
+    Args:
+        keeps_statistics: whether running averages are to follow clean steps alone.
+        auto: what the loss of clean steps is for, ``None`` where nothing is.
+    """
+
+    def __init__(self, keeps_statistics: bool, auto: AutoDropProb | None) -> None:
+        self.keeps_statistics, self.auto = keeps_statistics, auto
+        self._statistics = NormStatistics()
+        self._are_needed = self._drops = False
+
+    def reset(self) -> None:
+        """Forget an earlier training."""
+        self._statistics.left_out = 0
+        if self.auto is not None:
+            self.auto.reset()
+
+    def attach(self, model: nn.Module, others: Iterable[CleanSteps]) -> None:
+        """Look for running averages, after which all callbacks of a Trainer look together."""
+        self._are_needed = self.auto is not None
+        if self.keeps_statistics:
+            for other in others:
+                if other.keeps_statistics:
+                    self._statistics = other._statistics
+            self._are_needed |= self._statistics.attach(model)
+
+    def detach(self) -> None:
+        """Undo what an unfinished step has changed, and let go of the model."""
+        self._statistics.cancel_step()
+        self._statistics = NormStatistics(self._statistics.left_out)
+
+    def is_due(self, trainer: Trainer, batches_left: float) -> bool:
+        """Whether the coming step is to be clean."""
+        return self._are_needed and is_clean_step(training.batch_of_all(trainer), batches_left)
+
+    def begin_step(self, drop_prob: float, is_clean: bool) -> None:
+        """Note how averages are before a step; a drop_prob of NaN drops, nobody knows how much."""
+        self._drops = drop_prob != 0.0 and not is_clean
+        self._statistics.begin_step(self._drops)
+
+    def put_back(self) -> None:
+        """Put averages back before other callbacks see them; recomputed forwards move them too."""
+        self._statistics.put_back()
+
+    def end_step(self, trainer: Trainer, outputs: Any) -> None:
+        """Put averages back after a step that dropped, and take in the loss of others."""
+        self._statistics.end_step()
+        if self.auto is not None and not self._drops:
+            loss = training.training_loss(trainer, outputs)
+            if loss is not None:
+                self.auto.add(loss)
+
+    def cancel_step(self) -> None:
+        """Leave no trace of a step that never ended."""
+        self._statistics.cancel_step()
+
+    def follow(self, trainer: Trainer, pl_module: LightningModule, monitor: str) -> None:
+        """Let the drop probability follow the validation loss; every rank must call this."""
+        if self.auto is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        loss = trainer.callback_metrics.get(monitor)
+        if not self.auto.compare(None if loss is None else float(loss), pl_module.device):
+            logged = ", ".join(map(repr, sorted(trainer.callback_metrics))) or "nothing"
+            raise ValueError(
+                f"monitor={monitor!r}: drop_prob='auto' needs it, but validation did not log it; "
+                f"logged: {logged}"
+            )
+        if not self.auto.has_losses:
+            raise ValueError(
+                "drop_prob='auto': needs the training loss; let training_step return it, also with manual "
+                "optimisation"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain scalars, for `load_state_dict`."""
+        auto = None if self.auto is None else self.auto.state_dict()
+        return {"left_out": self._statistics.left_out, "auto": auto}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; one of an older version says nothing of clean steps."""
+        self._statistics.left_out = state.get("left_out", 0)
+        if self.auto is not None and state.get("auto") is not None:
+            self.auto.load_state_dict(state["auto"])
