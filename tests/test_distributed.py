@@ -53,7 +53,7 @@ class Failing(FaissKMeans):
 
 
 class WatchMasks(pl.Callback):
-    """Keep what was dropped of a layer in the last step, and the generator that it was drawn from."""
+    """Keep what was last dropped of a layer, and the generator that it was drawn from; not of clean steps."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -61,7 +61,8 @@ class WatchMasks(pl.Callback):
 
     def on_train_start(self, trainer, pl_module) -> None:
         def look(module, args, output):
-            self.dropped, self.generator = digest(output == 0), digest(torch.get_rng_state())
+            if (output == 0).any():
+                self.dropped, self.generator = digest(output == 0), digest(torch.get_rng_state())
 
         self.handle = pl_module.get_submodule(self.name).register_forward_hook(look)
 
