@@ -95,10 +95,14 @@ def learn_clusters(
     return model.eval(), callback.labels[LAYER]
 
 
-def feature_maps(model: nn.Module, photo: Tensor) -> Tensor:
+def feature_maps(model: Classifier, photo: Tensor) -> Tensor:
     """Return the output of `LAYER` for one image: (C, H, W)."""
     seen: list[Tensor] = []
-    handle = model.get_submodule(LAYER).register_forward_hook(lambda _, inputs, output: seen.append(output))
+
+    def look(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append(output)
+
+    handle = model.get_submodule(LAYER).register_forward_hook(look)
     with torch.inference_mode():
         model.model(photo[None])
     handle.remove()
