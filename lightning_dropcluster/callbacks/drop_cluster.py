@@ -38,70 +38,67 @@ if TYPE_CHECKING:
 class DropCluster(LayerCallback):
     """Drop clusters of features that respond alike, and learn the clusters during training.
 
-    Forward hooks on the chosen layers watch how features respond to the training batches, FAISS k-means
-    groups those that respond alike, and whole groups are dropped at random while the model trains. Nothing
-    is dropped in validation, test or prediction, and nothing stays attached after ``fit``.
+    Forward hooks on the chosen layers gather responses to the training batches. FAISS k-means groups the
+    features that respond alike, and whole groups are dropped at random while the model trains. Nothing is
+    dropped in validation, test or prediction, and nothing stays attached after ``fit``.
 
-    Source: DropCluster, https://arxiv.org/abs/2002.02997. Where we differ: clusters are made by k-means and
-    need not be spatially connected (the clusterers `Ward` and `ReNA` keep them so), any layers may be chosen
-    (the paper drops in the stem), and clusters are updated on a schedule.
+    Source: DropCluster, https://arxiv.org/abs/2002.02997. Differences: clusters come from k-means and need
+    not be spatially connected (the clusterers `Ward` and `ReNA` keep them connected), you can choose any
+    layers (the paper drops in the stem), and clusters are updated on a schedule.
 
     Args:
-        layers: which layers: a glob over module names such as ``"conv1"`` or ``"layer[12].*.conv2"`` (``*``
-            stays inside a segment, ``**`` crosses dots), a regular expression after ``"re:"``, a callable
+        layers: where to drop. A glob over module names such as ``"conv1"`` or ``"layer[12].*.conv2"`` (``*``
+            stays within a segment, ``**`` crosses dots), a regular expression after ``"re:"``, a callable
             (name, module) -> bool, or a list of these. ``None`` takes the outputs of all stages but the last
             of the one timm model inside, and logs which. See `select_layers`.
-        drop_prob: probability in [0, 1) that a cluster, and so each of its features, is dropped once the
-            schedule has reached its end. ``"auto"`` follows how much the network overfits: after each
-            validation it moves half the way to (gap - 0.1) / 0.9, where the gap is (validation loss -
-            training loss) / (loss of the first step) and the training loss that of steps that drop nothing.
+        drop_prob: probability in [0, 1) that a cluster, and so each of its features, is dropped at the end
+            of the schedule. ``"auto"`` follows how much the network overfits: after each validation it moves
+            halfway to (gap - 0.1) / 0.9. The gap is (validation loss - training loss) / (loss of the first
+            step), where the training loss is that of steps that drop nothing.
         num_clusters: clusters per feature map (per layer for the other scopes); or
-        cluster_size: mean number of features per cluster, at least 1. 16 when neither is given.
+        cluster_size: mean number of features per cluster, at least 1. 16 if neither is given.
         scope: what is grouped: ``"map"``, the features within each feature map; ``"position"``, positions,
-            one partition for all channels; ``"layer"``, all features of the layer together; ``"channel"``,
-            whole feature maps.
-        start: when clusters are first learned and dropping begins: a float is a fraction of training in
-            [0, 1), an integer an epoch. The fraction is that of ``max_epochs`` or ``max_steps``, whichever
-            is farther on.
+            the same in all channels; ``"layer"``, all features of the layer; ``"channel"``, whole feature
+            maps.
+        start: when clusters are first learned and dropping begins. A float is a fraction of training in
+            [0, 1), an integer is an epoch. The fraction refers to ``max_epochs`` or ``max_steps``, whichever
+            is further along.
         schedule: how drop_prob grows from ``start`` to the end of training: ``"linear"``, ``"cosine"``,
-            ``"constant"``, or a callable fraction -> fraction. Where it is ``None``, ``"linear"``, or
+            ``"constant"``, or a callable fraction -> fraction. ``None`` means ``"linear"``, or
             ``"constant"`` with ``drop_prob="auto"``.
-        every_n_epochs: recluster every that many epochs from ``start`` on; 0 for never again. 5 when neither
-            this nor the next is given.
-        every_n_train_steps: recluster every that many optimiser steps instead.
+        every_n_epochs: recluster every so many epochs after ``start``; 0 for never again. 5 if neither this
+            nor the next is given.
+        every_n_train_steps: recluster every so many optimiser steps instead.
         num_samples: samples gathered for each reclustering, over all ranks.
-        sketch_dim: dimensions of the sketch; memory is features x (sketch_dim + 2) x 4 bytes, less where
-            positions or whole maps are grouped.
-        sketch_momentum: above 0, below 1, clusters are made of earlier windows too: the share of the
-            correlations so far that stays when a window is added. Small windows then suffice, as in
-            ``every_n_train_steps=20, num_samples=128, sketch_momentum=0.5``.
-        clusterer: any object with ``fit`` as in `Clusterer`; `FaissKMeans` where it is ``None``, on macOS
+        sketch_dim: columns of the sketch. Memory is features x (sketch_dim + 2) x 4 bytes, less if positions
+            or whole maps are grouped.
+        sketch_momentum: weight in [0, 1) that earlier windows keep when a new one is added. Above 0, small
+            windows suffice, as in ``every_n_train_steps=20, num_samples=128, sketch_momentum=0.5``.
+        clusterer: any object with ``fit`` as in `Clusterer`. ``None`` means `FaissKMeans`, on macOS
             `TorchKMeans`.
         per_sample: draw for each sample, or once for the whole batch.
         rescale: ``"batch"`` scales what is kept by (number of features) / (number kept) over the batch,
             ``"expected"`` by 1 / (1 - drop_prob).
-        paired: with `RBlock`: the two halves of each batch drop different clusters, see `draw_uniform`. Needs
+        paired: with `RBlock`, the two halves of each batch drop different clusters; see `draw_uniform`. Needs
             ``per_sample``.
-        position_weight: above 0, the row and column of a feature count in the clustering; this is the
-            distance between opposite edges of a map, where uncorrelated profiles have a distance of 1.41;
-            at most a million.
-        clean_statistics: let BatchNorm's running averages follow one step in eight, which drops nothing, so
-            that they fit evaluation (https://arxiv.org/abs/1801.05134). Models without such averages are
-            trained as without it.
-        layer_types: the module types that patterns may pick; where it is ``None``, conv layers if a pattern
-            matches any, else the modules that it names.
-        initial_labels: labels to start from, as ``labels`` gives them, or the path of a checkpoint of an
-            earlier run. Where they are there for every chosen layer they take the place of the first
-            clustering.
-        monitor: the validation loss that ``drop_prob="auto"`` looks at, by the name that it is logged under.
-        max_drop_prob: the most that ``drop_prob="auto"`` drops, in [0, 1).
-        log_pictures: send pictures of new clusters to loggers that take images; at most 2 % of the time goes
-            into them.
-        seed: of the sketch and the clustering; the draw of what is dropped uses torch's generator.
+        position_weight: how much the row and column of a feature count in the clustering, as the distance
+            between opposite edges of a map; uncorrelated profiles have a distance of 1.41. At most a million.
+        clean_statistics: let BatchNorm's running averages follow only steps that drop nothing, one in eight
+            and the last 20, so that they are right in evaluation (https://arxiv.org/abs/1801.05134). Has no
+            effect on models without running averages.
+        layer_types: the module types that patterns may pick. ``None`` means conv layers if a pattern matches
+            any, else the modules it names.
+        initial_labels: labels to start from, as in ``labels``, or the path of an earlier run's checkpoint. If
+            they cover every chosen layer, the first clustering is skipped.
+        monitor: the name under which the validation loss is logged, for ``drop_prob="auto"``.
+        max_drop_prob: the highest probability that ``drop_prob="auto"`` uses, in [0, 1).
+        log_pictures: send pictures of new clusters to loggers that take images. This takes at most 2 % of
+            the time.
+        seed: for the sketch and the clustering. The draw of what is dropped uses torch's generator.
 
     Raises:
-        TypeError: where an argument has a wrong type.
-        ValueError: where an argument is out of its range.
+        TypeError: if an argument has the wrong type.
+        ValueError: if an argument is out of range.
 
     Example:
         >>> from pytorch_lightning import Trainer
@@ -181,9 +178,9 @@ class DropCluster(LayerCallback):
     def labels(self) -> dict[str, Tensor]:
         """The cluster of each feature: layer name to int64 labels (C, *spatial); empty before the first.
 
-        They are those of the checkpoint that was loaded last, be it by ``fit``, ``test`` or ``predict``.
-        With ``strategy="ddp_spawn"`` they stay in the spawned processes, since Lightning brings nothing of a
-        callback back: read them from a checkpoint, as ``initial_labels`` does.
+        After ``fit``, ``test`` or ``predict`` has loaded a checkpoint, they are those of the checkpoint. With
+        ``strategy="ddp_spawn"`` they stay in the spawned processes, because Lightning brings none of a
+        callback's state back: read them from a checkpoint, as ``initial_labels`` does.
         """
         return {name: clusters.labels for name, clusters in self._layers.clusters.items()}
 
@@ -194,13 +191,13 @@ class DropCluster(LayerCallback):
 
     @property
     def state_key(self) -> str:
-        """What a checkpoint files this state under: equal for equal layers, layer types and scope."""
+        """The key of this state in a checkpoint: equal for equal layers, layer types and scope."""
         return self._key(scope=self.scope)
 
     # When things happen
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Learn clusters at once where training goes on after the start with layers that have none."""
+        """Learn clusters at once if training resumes after the start with layers that have none."""
         super().on_train_start(trainer, pl_module)
         if self._schedule.has_begun:
             self._layers.open_missed_window()
@@ -252,19 +249,19 @@ class DropCluster(LayerCallback):
     def sampling(self, model: nn.Module, drop_prob: float | None = None) -> Iterator[nn.Module]:
         """Drop clusters at test time too, with a draw for each sample: Monte Carlo dropout.
 
-        Source: Gal and Ghahramani 2016, https://arxiv.org/abs/1506.02142; with structured dropout
-        https://arxiv.org/abs/1906.09551. Put the model in eval mode, so that BatchNorm keeps its averages. A
-        compiled model runs eagerly inside the ``with`` statement.
+        Source: Gal and Ghahramani 2016, https://arxiv.org/abs/1506.02142; with structured dropout,
+        https://arxiv.org/abs/1906.09551. Put the model in eval mode, so that BatchNorm uses its running
+        averages. A compiled model runs eagerly inside the ``with`` statement.
 
         Args:
             model: the LightningModule, a copy of it, or the bare model that it holds.
-            drop_prob: probability in [0, 1) that a cluster is dropped; this callback's where it is ``None``.
+            drop_prob: probability in [0, 1) that a cluster is dropped. ``None`` means this callback's.
 
         Yields:
-            The model. Outside the ``with`` statement it is as it was before.
+            The model. After the ``with`` statement it is as it was before.
 
         Raises:
-            ValueError: where there are no clusters yet, the model lacks a layer, or ``drop_prob`` is out of
+            ValueError: if there are no clusters yet, the model lacks a layer, or ``drop_prob`` is out of
                 range.
 
         Example:

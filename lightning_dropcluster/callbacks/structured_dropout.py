@@ -23,38 +23,39 @@ if TYPE_CHECKING:
 class StructuredDropout(LayerCallback):
     """Apply a regulariser, any module x -> x, to the outputs of chosen layers while the model trains.
 
-    Each layer gets a regulariser of its own. It acts in training steps alone, from ``start`` on, and no hook
-    stays after ``fit``. Where it has a method ``set_drop_prob(float)``, as those of `REGULARIZERS` with a
-    drop probability have, that follows the schedule.
+    Each layer gets its own regulariser. It acts only in training steps, from ``start`` on, and no hook stays
+    after ``fit``. If it has a method ``set_drop_prob(float)``, as those of `REGULARIZERS` with a drop
+    probability do, it follows the schedule.
 
     A regulariser with parameters is learned with the model. During ``fit`` it is a child of its layer,
     ``<layer>.structured_dropout``, where optimiser, device and strategy find it. Its parameters are saved in
-    the state of this callback and not in the model's ``state_dict``, so that checkpoints load into the plain
-    model. The optimiser's state does count them: to resume from a checkpoint takes this callback if the
-    checkpoint was written with it, and goes without it otherwise. Before ``start`` the parameters are unused,
-    which DDP refuses unless it is told to find unused parameters.
+    this callback's state and not in the model's ``state_dict``, so checkpoints load into the plain model. The
+    optimiser's state does include them: a checkpoint written with this callback can only be resumed with it,
+    and one written without it only without. Before ``start`` the parameters are unused, which DDP rejects
+    unless it is told to find unused parameters.
 
     Args:
-        layers: which layers, as in `DropCluster`; ``None`` takes the outputs of stages.
-        regularizer: a module, copied for each layer; a name in `REGULARIZERS` but ``"cluster_drop"``, which
-            needs labels; or a class or function that makes a module, of nothing or of one argument, the
+        layers: where, as in `DropCluster`. ``None`` takes the outputs of all stages but the last.
+        regularizer: a module, copied for each layer; a name in `REGULARIZERS` except ``"cluster_drop"``,
+            which needs labels; or a class or function that makes a module, with no argument or with one, the
             layer's number of channels.
-        drop_prob: drop probability in [0, 1) at the end of the schedule; where it is ``None``, the module's
-            own; ``"auto"`` follows how much the network overfits, as in `DropCluster`. Only for modules with
+        drop_prob: drop probability in [0, 1) at the end of the schedule. ``None`` means the module's own;
+            ``"auto"`` follows how much the network overfits, as in `DropCluster`. Only for modules with
             ``set_drop_prob``.
-        start: when dropping begins: a float is a fraction of training in [0, 1), an integer an epoch.
-        schedule: how drop_prob grows from ``start`` to the end of training: ``"linear"``, also where it is
-            ``None``, ``"cosine"``, ``"constant"``, or a callable fraction -> fraction. Only for modules with
-            ``set_drop_prob``; others are applied as they are from ``start`` on.
-        clean_statistics: let BatchNorm's running averages follow one step in eight, which drops nothing; see
+        start: when dropping begins. A float is a fraction of training in [0, 1), an integer is an epoch.
+        schedule: how drop_prob grows from ``start`` to the end of training: ``"linear"``, ``"cosine"``,
+            ``"constant"``, or a callable fraction -> fraction. ``None`` means ``"linear"``, or
+            ``"constant"`` with ``drop_prob="auto"``. Only for modules with ``set_drop_prob``; others are
+            applied unchanged from ``start`` on.
+        clean_statistics: let BatchNorm's running averages follow only steps that drop nothing; see
             `DropCluster`.
         layer_types: as in `DropCluster`.
-        monitor: the validation loss that ``drop_prob="auto"`` looks at.
-        max_drop_prob: the most that ``drop_prob="auto"`` drops, in [0, 1).
+        monitor: the name under which the validation loss is logged, for ``drop_prob="auto"``.
+        max_drop_prob: the highest probability that ``drop_prob="auto"`` uses, in [0, 1).
 
     Raises:
-        TypeError: where an argument has a wrong type.
-        ValueError: where an argument is out of its range, or does not go with the regulariser.
+        TypeError: if an argument has the wrong type.
+        ValueError: if an argument is out of range, or does not fit the regulariser.
 
     Example:
         >>> from pytorch_lightning import Trainer
