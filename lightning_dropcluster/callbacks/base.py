@@ -328,7 +328,7 @@ class LayerCallback(_Base):
         raise NotImplementedError
 
     @property
-    def _full_drop_prob(self) -> float:
+    def _full_drop_prob(self) -> Any:
         """What the schedule leads to."""
         auto = self._clean_steps.auto
         return self.drop_prob if auto is None else auto.drop_prob

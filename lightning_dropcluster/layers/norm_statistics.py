@@ -152,7 +152,8 @@ def _copy(source: list[Tensor], target: list[Tensor]) -> None:
     """Copy all of one type at once, which on a GPU takes a few launches."""
     for kind in {buffer.dtype for buffer in source}:
         pairs = [pair for pair in zip(target, source, strict=True) if pair[1].dtype == kind]
-        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        into, values = (list(side) for side in zip(*pairs, strict=True))
+        torch._foreach_copy_(into, values)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _kind(buffer: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:

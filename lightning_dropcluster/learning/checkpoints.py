@@ -88,7 +88,7 @@ def _clusters_in(path: str | os.PathLike[str], scope: Scope) -> dict[str, Cluste
     return found
 
 
-def _open(path: str) -> BinaryIO:
+def _open(path: str) -> Any:
     """Open a file as Lightning does; of a sharded checkpoint the file that holds what callbacks saved."""
     files, inside = url_to_fs(path)
     try:
@@ -103,7 +103,7 @@ def _open(path: str) -> BinaryIO:
         raise OSError(str(error) or type(error).__name__) from error
 
 
-def _open_in(files: AbstractFileSystem, path: str) -> BinaryIO:
+def _open_in(files: AbstractFileSystem, path: str) -> Any:
     try:
         return files.open(path, "rb")
     except OSError:  # which one a folder gives differs
