@@ -77,8 +77,12 @@ class DropCluster(LayerCallback):
         clusterer: any object with ``fit`` as in `Clusterer`; `FaissKMeans` where it is ``None``, on macOS
             `TorchKMeans`.
         per_sample: draw for each sample, or once for the whole batch.
-        rescale: ``"batch"`` scales what is kept by (number of features) / (number kept) over the batch,
-            ``"expected"`` by 1 / (1 - drop_prob).
+        fill: what stands in for a dropped cluster: ``"zero"``, as in the paper, or its own ``"mean"`` in that
+            sample and feature map, so that what its features share stays and what sets them apart is dropped;
+            the deviations of kept clusters from theirs are then scaled by 1 / (1 - drop_prob). See
+            `cluster_drop`.
+        rescale: counts with ``fill="zero"`` alone: ``"batch"`` scales what is kept by (number of features) /
+            (number kept) over the batch, ``"expected"`` by 1 / (1 - drop_prob).
         paired: with `RBlock`: the two halves of each batch drop different clusters, see `draw_uniform`. Needs
             ``per_sample``.
         position_weight: above 0, the row and column of a feature count in the clustering; this is the
@@ -127,6 +131,7 @@ class DropCluster(LayerCallback):
         sketch_momentum: float = 0.0,
         clusterer: Clusterer | None = None,
         per_sample: bool = True,
+        fill: str = "zero",
         rescale: str = "batch",
         paired: bool = False,
         position_weight: float = 0.0,
@@ -146,7 +151,7 @@ class DropCluster(LayerCallback):
         if clusterer is not None:
             check_clusterer(clusterer)
         # The module checks its own settings, here as early as the others.
-        make_drop = partial(ClusterDrop, per_sample=per_sample, rescale=rescale, paired=paired)
+        make_drop = partial(ClusterDrop, per_sample=per_sample, fill=fill, rescale=rescale, paired=paired)
         make_drop(torch.zeros(1, 1).int())
         check_bool("log_pictures", log_pictures)
         seed = check_number("seed", seed, 0, MAX_INT, integer=True)
