@@ -102,6 +102,7 @@ OPTIONS = {
     "sketch_dim": st.integers(1, 40),
     "clusterer": st.sampled_from([None, TorchKMeans(), FaissKMeans(min_share=0.0), Ward(), ReNA()]),
     "per_sample": st.booleans(),
+    "fill": st.sampled_from(["zero", "mean"]),
     "rescale": st.sampled_from(["batch", "expected"]),
     "position_weight": st.just(0.0) | st.floats(0, 1e6),
     "seed": st.integers(0, 2**31 - 1),

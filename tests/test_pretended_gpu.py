@@ -6,6 +6,7 @@ and where one of the CPU comes in. They tell nothing of results and speed.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import timm
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_dropcluster import REGULARIZERS
+from lightning_dropcluster import REGULARIZERS, ClusterDrop
 from lightning_dropcluster.clustering import FaissKMeans, torch_kmeans
 from lightning_dropcluster.layers.selection import select_layers
 from lightning_dropcluster.learning.learner import ClusterLearner
@@ -90,10 +91,12 @@ def test_an_iteration_of_k_means_waits_for_no_value():
         assert torch_kmeans._sums_by_product(points, labels, 4).device.type == "cuda"
 
 
-def make_step(model: nn.Module, *, gathers: bool) -> ClusterLearner:
+def make_step(model: nn.Module, *, gathers: bool, fill: str) -> ClusterLearner:
     """Hook a model, let it learn clusters, and begin the step after that, all of it on the CPU."""
     settings = SketchSettings(num_samples=8, sketch_dim=8)
-    learner = ClusterLearner(Grouping(cluster_size=4), FaissKMeans(), settings)
+    learner = ClusterLearner(
+        Grouping(cluster_size=4), FaissKMeans(), settings, make_drop=partial(ClusterDrop, fill=fill)
+    )
     learner.attach(select_layers(model, "layer*.*.conv2"), torch.device("cpu"))
     learner.open_window()
     while not learner.end_step():
@@ -105,10 +108,10 @@ def make_step(model: nn.Module, *, gathers: bool) -> ClusterLearner:
     return learner
 
 
-@pytest.mark.parametrize("gathers", [False, True])
-def test_a_step_waits_for_no_value_but_to_learn_whether_the_window_is_full(gathers):
+@pytest.mark.parametrize(("gathers", "fill"), [(False, "zero"), (True, "zero"), (False, "mean")])
+def test_a_step_waits_for_no_value_but_to_learn_whether_the_window_is_full(gathers, fill):
     model = timm.create_model("resnet18", num_classes=10)
-    learner = make_step(model, gathers=gathers)
+    learner = make_step(model, gathers=gathers, fill=fill)
     with pretended_gpu():
         parts = [part for hook in learner.hooks.values() for part in (hook.regularizer, hook.sketch)]
         for module in (model, *filter(None, parts)):

@@ -77,8 +77,11 @@ class DropCluster(LayerCallback):
         clusterer: any object with ``fit`` as in `Clusterer`. ``None`` means `FaissKMeans`, on macOS
             `TorchKMeans`.
         per_sample: draw for each sample, or once for the whole batch.
-        rescale: ``"batch"`` scales what is kept by (number of features) / (number kept) over the batch,
-            ``"expected"`` by 1 / (1 - drop_prob).
+        fill: what replaces a dropped cluster: ``"zero"``, as in the paper, or ``"mean"``, its own mean in that
+            sample and map, which keeps what members share and drops what sets them apart. The deviations of
+            kept clusters are then scaled by 1 / (1 - drop_prob). See `cluster_drop`.
+        rescale: counts with ``fill="zero"`` alone: ``"batch"`` scales what is kept by (number of features) /
+            (number kept) over the batch, ``"expected"`` by 1 / (1 - drop_prob).
         paired: with `RBlock`, the two halves of each batch drop different clusters; see `draw_uniform`. Needs
             ``per_sample``.
         position_weight: how much the row and column of a feature count in the clustering, as the distance
@@ -125,6 +128,7 @@ class DropCluster(LayerCallback):
         sketch_momentum: float = 0.0,
         clusterer: Clusterer | None = None,
         per_sample: bool = True,
+        fill: str = "zero",
         rescale: str = "batch",
         paired: bool = False,
         position_weight: float = 0.0,
@@ -144,7 +148,7 @@ class DropCluster(LayerCallback):
         if clusterer is not None:
             check_clusterer(clusterer)
         # The module checks its own settings, here as early as the others.
-        make_drop = partial(ClusterDrop, per_sample=per_sample, rescale=rescale, paired=paired)
+        make_drop = partial(ClusterDrop, per_sample=per_sample, fill=fill, rescale=rescale, paired=paired)
         make_drop(torch.zeros(1, 1).int())
         check_bool("log_pictures", log_pictures)
         seed = check_number("seed", seed, 0, MAX_INT, integer=True)

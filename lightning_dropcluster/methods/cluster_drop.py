@@ -1,14 +1,13 @@
-"""DropCluster, as a function and as a module: draw a keep table, look it up by labels, multiply."""
-
-from typing import Any
+"""DropCluster, as a function and as a module: draw a keep table, look it up by labels, drop clusters."""
 
 import torch
 from torch import Tensor
 
 from lightning_dropcluster.checks import check_bool, check_choice, check_integers, check_number
 from lightning_dropcluster.methods.base import DropRegularizer
+from lightning_dropcluster.methods.fills import FILLS, fill_dropped
+from lightning_dropcluster.methods.label_tables import cluster_sizes, resize_labels, smallest_integer_type
 from lightning_dropcluster.methods.masking import Draw, draw_uniform, expected_scale
-from lightning_dropcluster.methods.packed_keep import look_up, multiply_packed, packing_pays
 
 
 def cluster_drop(
@@ -16,19 +15,32 @@ def cluster_drop(
     labels: Tensor,
     keep: Tensor,
     *,
+    fill: str = "zero",
     scale: Tensor | float | None = None,
     sizes: Tensor | None = None,
     inplace: bool = False,
 ) -> Tensor:
     """Drop clusters of features and rescale what is kept.
 
-    Every feature shares its cluster's fate: ``y[n, c, s] = x[n, c, s] * keep[n, c, labels[c, s]] * scale``.
+    Every feature shares its cluster's fate. Where b is ``keep[n, c, labels[c, s]]`` and a is ``scale``, the
+    feature x at ``[n, c, s]`` becomes
+
+    - x b a with ``fill="zero"``;
+    - m + (x - m) b a with ``fill="mean"``, where m is the mean of the feature's cluster in its sample and
+      feature map: what the members of a cluster share stays, and what sets them apart is dropped. The mean is
+      kept, and a = 1 / (1 - drop_prob) makes x the expectation over draws. Clusters of one feature, and (in
+      float64 but for rounding) those whose features are equal, stay as they are to the last bit. A cluster of
+      the whole layer (G = 1) has a mean in each map.
+
     Clusters are disjoint, so a feature is dropped with exactly the probability behind the keep table,
-    whatever the size of its cluster. Backward saves the keep table and the labels, never a mask of the
-    activation's size; second derivatives work.
+    whatever the size of its cluster. Backward saves the keep table and the labels, nothing of the size of the
+    activation; second derivatives, forward mode and the transforms of ``torch.func`` work.
 
     Source: DropCluster, https://arxiv.org/abs/2002.02997. How the paper rescales is not known to us; the
     default is the ratio of DropBlock (https://arxiv.org/abs/1810.12890, algorithm 1) over the whole batch.
+    Filling with the mean is ours; its ancestor is feature grouping (Aydore et al.,
+    https://arxiv.org/abs/1807.11718), which averages features within the clusters of a partition that is
+    drawn for each step.
 
     Args:
         x: activation (N, C, *spatial), floating point.
@@ -37,23 +49,29 @@ def cluster_drop(
             are resized by nearest neighbour.
         keep: which clusters stay, bool (N or 1, G, K). G is C where each map has clusters of its own, and 1
             where one set of clusters serves the whole layer.
-        scale: factor for what is kept, a number or a 0-d tensor; ``None`` for (number of features) / (number
-            kept), counted over the batch.
+        fill: what stands in for a dropped cluster, ``"zero"`` or its ``"mean"``. Means are summed in float32
+            for types of 16 bits, and in float64 for others.
+        scale: factor for what is kept, or for its deviation from the mean, a number or a 0-d tensor; ``None``
+            for (number of features) / (number kept), counted over the batch.
         sizes: features per cluster (G, K), integers or float32, to save counting them with `cluster_sizes`.
         inplace: whether ``x`` itself may be overwritten; only where nobody else needs its values.
 
     Returns:
         ``x`` itself, or a tensor like it: same shape, dtype, device and memory format. Where everything is
-        dropped it is zero, never NaN, if ``x`` is finite.
+        dropped it is zero or the means, never NaN, if ``x`` is finite.
 
     Raises:
-        ValueError: where ``scale`` is a tensor with dimensions.
+        ValueError: where ``scale`` is a tensor with dimensions, or ``fill`` is unknown.
 
     Example:
-        >>> x, labels = torch.ones(1, 1, 4), torch.tensor([[0, 0, 1, 1]])
-        >>> cluster_drop(x, labels, torch.tensor([[[True, False]]]))
-        tensor([[[2., 2., 0., 0.]]])
+        >>> x, labels = torch.tensor([[[1.0, 3.0, 5.0, 9.0]]]), torch.tensor([[0, 0, 1, 1]])
+        >>> keep = torch.tensor([[[True, False]]])
+        >>> cluster_drop(x, labels, keep)
+        tensor([[[2., 6., 0., 0.]]])
+        >>> cluster_drop(x, labels, keep, fill="mean")
+        tensor([[[0., 4., 7., 7.]]])
     """
+    check_choice("fill", fill, FILLS)
     resized = resize_labels(labels, x.shape[2:])
     if scale is None:
         if sizes is None or resized is not labels:
@@ -63,7 +81,7 @@ def cluster_drop(
         scale = torch.tensor(scale, dtype=torch.float32, device=x.device)
     elif scale.ndim:
         raise ValueError(f"scale of shape {tuple(scale.shape)}: must be a number or a 0-d tensor")
-    return _MaskedMultiply.apply(x, resized, keep, scale, inplace)  # pyright: ignore[reportReturnType]
+    return fill_dropped(x, resized, keep, scale, fill, inplace)
 
 
 def draw_keep_table(
@@ -92,58 +110,13 @@ def draw_keep_table(
     return draw(shape, device=device) >= drop_prob
 
 
-def cluster_sizes(labels: Tensor, num_groups: int, num_clusters: int) -> Tensor:
-    """Count the features of each cluster.
-
-    Args:
-        labels: integers in [0, num_clusters), (C or 1, *spatial).
-        num_groups: G, the number of label sets: C where each map has clusters of its own, else 1.
-        num_clusters: K.
-
-    Returns:
-        Counts (G, K), float32.
-
-    Example:
-        >>> cluster_sizes(torch.tensor([[0, 0, 2], [1, 1, 1]]), 2, 3)
-        tensor([[2., 0., 1.],
-                [0., 3., 0.]])
-    """
-    flat = labels.reshape(num_groups, -1).long()
-    sizes = torch.zeros(num_groups, num_clusters, dtype=torch.float32, device=labels.device)
-    return sizes.scatter_add_(1, flat, torch.ones_like(flat, dtype=sizes.dtype))
-
-
-def resize_labels(labels: Tensor, spatial: tuple[int, ...]) -> Tensor:
-    """Resize labels to another spatial shape by nearest neighbour.
-
-    Args:
-        labels: (C or 1, *spatial').
-        spatial: the wanted spatial shape, with as many dimensions as the labels have.
-
-    Returns:
-        Labels (C or 1, *spatial); the given tensor itself where the shape is right already or every spatial
-        dimension is 1.
-
-    Example:
-        >>> resize_labels(torch.tensor([[1, 2]]), (4,))
-        tensor([[1, 1, 2, 2]])
-    """
-    old = labels.shape[1:]
-    if tuple(old) == tuple(spatial) or all(size == 1 for size in old):
-        return labels
-    for axis, (have, want) in enumerate(zip(old, spatial, strict=True), start=1):
-        nearest = torch.arange(want, device=labels.device) * have // want
-        labels = labels.index_select(axis, nearest)
-    return labels
-
-
 RESCALES = ("batch", "expected")
 
 
 class ClusterDrop(DropRegularizer):
     """Drop clusters of features in training; the identity in eval mode and where drop_prob is 0.
 
-    Source: DropCluster, https://arxiv.org/abs/2002.02997.
+    Source: DropCluster, https://arxiv.org/abs/2002.02997; `cluster_drop` has the formulas.
 
     Args:
         labels: cluster of each feature, integers >= 0, (C or 1, *spatial). See `cluster_drop` for what
@@ -154,8 +127,10 @@ class ClusterDrop(DropRegularizer):
         per_map: True where each map has clusters of its own; False where the labels number the clusters of
             the whole layer.
         per_sample: True draws for each sample, False once for the whole batch.
-        rescale: ``"batch"`` scales what is kept by (number of features) / (number kept) over the batch,
-            ``"expected"`` by 1 / (1 - drop_prob).
+        fill: what stands in for a dropped cluster, ``"zero"`` or its own ``"mean"``, see `cluster_drop`. With
+            ``"mean"`` the deviations of kept clusters from theirs are scaled by 1 / (1 - drop_prob).
+        rescale: counts with ``fill="zero"`` alone: ``"batch"`` scales what is kept by (number of features) /
+            (number kept) over the batch, ``"expected"`` by 1 / (1 - drop_prob).
         paired: whether the two halves of each batch are to drop different clusters, for the pairs of R-Block:
             see `draw_uniform`. Needs ``per_sample``.
         inplace: whether to overwrite the input; not under ``torch.compile``, which plans memory itself.
@@ -181,6 +156,7 @@ class ClusterDrop(DropRegularizer):
         num_clusters: int | None = None,
         per_map: bool = True,
         per_sample: bool = True,
+        fill: str = "zero",
         rescale: str = "batch",
         paired: bool = False,
         inplace: bool = False,
@@ -189,6 +165,7 @@ class ClusterDrop(DropRegularizer):
         check_integers("labels", labels)
         if not labels.ndim or not labels.numel():
             raise ValueError(f"labels of shape {tuple(labels.shape)}: must be (C or 1, *spatial), not empty")
+        check_choice("fill", fill, FILLS)
         check_choice("rescale", rescale, RESCALES)
         for name, value in (("per_map", per_map), ("per_sample", per_sample), ("inplace", inplace)):
             check_bool(name, value)
@@ -197,8 +174,8 @@ class ClusterDrop(DropRegularizer):
         if num_clusters is None:
             num_clusters = int(labels.max()) + 1
         self.num_clusters = check_number("num_clusters", num_clusters, 1, integer=True)
-        self.per_map, self.per_sample, self.rescale = per_map, per_sample, rescale
-        self.inplace = inplace
+        self.per_map, self.per_sample = per_map, per_sample
+        self.fill, self.rescale, self.inplace = fill, rescale, inplace
         self.register_buffer("labels", labels.to(smallest_integer_type(self.num_clusters), copy=True))
         # Integers, since .half() would round others.
         sizes = torch.zeros(self._num_groups, self.num_clusters, dtype=torch.int32)
@@ -264,9 +241,11 @@ class ClusterDrop(DropRegularizer):
             )
         shape = (len(x) if self.per_sample else 1, self._num_groups, self.num_clusters)
         keep = draw_keep_table(shape, self.drop_prob, device=x.device, draw=self.draw)
-        scale = None if self.rescale == "batch" else expected_scale(self.drop_prob)
-        inplace = self.inplace and not torch.compiler.is_compiling()
-        return cluster_drop(x, self.labels, keep, scale=scale, sizes=self.sizes, inplace=inplace)
+        by_batch = self.fill == "zero" and self.rescale == "batch"
+        scale = None if by_batch else expected_scale(self.drop_prob)
+        return cluster_drop(
+            x, self.labels, keep, fill=self.fill, scale=scale, sizes=self.sizes, inplace=self.inplace
+        )
 
     def _settings(self) -> dict[str, object]:
         return {
@@ -275,24 +254,9 @@ class ClusterDrop(DropRegularizer):
             "num_clusters": self.num_clusters,
             "per_map": self.per_map,
             "per_sample": self.per_sample,
+            "fill": self.fill,
             "rescale": self.rescale,
         }
-
-
-def smallest_integer_type(num_labels: int) -> torch.dtype:
-    """Return the smallest integer type that holds labels in [0, num_labels).
-
-    Args:
-        num_labels: at least 1.
-
-    Returns:
-        uint8, int16 or int32.
-
-    Example:
-        >>> smallest_integer_type(257)
-        torch.int16
-    """
-    return torch.uint8 if num_labels <= 256 else torch.int16 if num_labels <= 32768 else torch.int32
 
 
 def _kept_ratio(keep: Tensor, sizes: Tensor, num_features: int) -> Tensor:
@@ -301,44 +265,3 @@ def _kept_ratio(keep: Tensor, sizes: Tensor, num_features: int) -> Tensor:
     # Counting what is dropped makes the ratio exactly 1 where nothing is.
     dropped = ((~keep).sum(0, dtype=torch.float32) * sizes).sum()
     return total / (total - dropped).clamp(min=1.0)
-
-
-def _multiply(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor, inplace: bool) -> Tensor:
-    """Multiply by the looked-up table, in the order in which the activation lies in memory."""
-    if torch.compiler.is_compiling():  # which plans order and memory itself
-        mask = look_up((keep * scale).to(x.dtype), labels.long())
-        return x.mul_(mask) if inplace else x * mask
-    out = x if inplace else torch.empty_like(x)  # no view: the model may write into what it is given
-    if x.is_contiguous() or not x.movedim(1, -1).is_contiguous():
-        _multiply_into(out, x, labels.long(), keep, scale)
-    else:
-        first = 0 if keep.shape[1] == 1 else torch.arange(keep.shape[1], device=x.device) * keep.shape[2]
-        index = labels.movedim(0, -1).long() + first
-        _multiply_into(out.movedim(1, -1), x.movedim(1, -1), index, keep.flatten(1)[:, None], scale)
-    return out
-
-
-def _multiply_into(out: Tensor, x: Tensor, index: Tensor, keep: Tensor, scale: Tensor) -> None:
-    """Multiply x (N, R, ...) by keep (N or 1, R or 1, K) at index (R or 1, ...) and by the scale."""
-    if packing_pays(x, index, keep):
-        multiply_packed(out, x, index, keep, scale.to(x.dtype))
-    else:
-        torch.mul(x, look_up((keep * scale).to(x.dtype), index), out=out)
-
-
-class _MaskedMultiply(torch.autograd.Function):
-    """The product with a looked-up table is its own adjoint, so backward applies the function again."""
-
-    @staticmethod
-    def forward(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor, inplace: bool) -> Tensor:
-        return _multiply(x, labels, keep, scale, inplace)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:4])
-        if inputs[4]:
-            ctx.mark_dirty(inputs[0])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _MaskedMultiply.apply(grads[0], *ctx.saved_tensors, False), None, None, None, None

@@ -83,7 +83,7 @@ def drop(x: Tensor, dropped: Tensor, scale: Tensor | float) -> Tensor:
     """
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=torch.float32, device=x.device)
-    return _Drop.apply(x, dropped, scale)  # pyright: ignore[reportReturnType]
+    return _drop(x, dropped, scale)
 
 
 def expected_scale(drop_prob: Tensor | float) -> Tensor | float:
@@ -121,6 +121,12 @@ def kept_ratio(dropped: Tensor) -> Tensor:
     return torch.where(kept > 0, dropped.numel() / kept, 1.0)
 
 
+def _drop(x: Tensor, dropped: Tensor, scale: Tensor) -> Tensor:
+    # Dynamo traces no function that defines jvp.
+    function = _Drop if torch.compiler.is_compiling() else _TransformableDrop
+    return function.apply(x, dropped, scale)  # pyright: ignore[reportReturnType]
+
+
 class _Drop(torch.autograd.Function):
     """The product with a fixed factor is its own adjoint, so backward applies the function again."""
 
@@ -131,7 +137,18 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _Drop.apply(grads[0], *ctx.saved_tensors), None, None
+        return _drop(grads[0], *ctx.saved_tensors), None, None
+
+
+class _TransformableDrop(_Drop):
+    """The same for forward mode and for torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _drop(tangents[0], *ctx.saved_tensors)

@@ -112,6 +112,7 @@ ARGUMENTS = [
         "paired=True",
         "per_sample=True, got per_sample=False",
     ),
+    ({"fill": "median"}, ValueError, "fill='median'", "one of zero, mean"),
     ({"rescale": "sum"}, ValueError, "rescale='sum'", "one of batch, expected"),
     ({"position_weight": -0.5}, ValueError, "position_weight=-0.5", "in [0, 1000000.0]"),
     ({"seed": -1}, ValueError, "seed=-1", "in [0, 2147483647]"),

@@ -600,13 +600,28 @@ def test_inference_after_training(loader):
     assert equal(weights, module.state_dict())
 
 
-@pytest.mark.parametrize("rescale", ["batch", "expected"])
-def test_probabilities_next_to_one_stay_finite(loader, rescale):
+@pytest.mark.parametrize(
+    "options", [{"rescale": "batch"}, {"rescale": "expected"}, {"fill": "mean"}], ids=str
+)
+def test_probabilities_next_to_one_stay_finite(loader, options):
     """In float32 they would be one, and the expected scale infinite."""
     module = Classifier(Small())
-    callback = make_callback(drop_prob=1.0 - 1e-12, start=0.0, schedule="constant", rescale=rescale)
+    callback = make_callback(drop_prob=1.0 - 1e-12, start=0.0, schedule="constant", **options)
     make_trainer(callback, max_epochs=2).fit(module, loader)
     assert all(math.isfinite(loss) for loss in module.losses)
+
+
+def test_filling_with_the_mean_keeps_the_means_of_clusters(loader):
+    module, callback = Classifier(Small()), make_callback(fill="mean", start=0.0, schedule="constant")
+    make_trainer(callback, max_epochs=2).fit(module, loader)
+    conv, labels = module.eval().model.conv, callback.labels[NAME]
+    images = torch.randn(4, 3, *labels.shape[1:])
+    with callback.sampling(module), torch.no_grad():
+        filled = conv(images)
+    change = (filled - conv(images)).detach()
+    clusters = [change[:, c][:, labels[c] == k] for c, k in [(0, 0), (0, 1), (7, 0), (7, 1)]]
+    assert all(cluster.mean(1).abs().max() < 1e-5 < cluster.abs().max() for cluster in clusters)
+    assert not (filled == 0).any()
 
 
 # Workers of data loaders

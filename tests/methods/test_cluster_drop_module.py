@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_dropcluster.functional import cluster_drop, draw_keep_table
 from lightning_dropcluster.methods import ClusterDrop
-from lightning_dropcluster.methods.cluster_drop import smallest_integer_type
+from lightning_dropcluster.methods.label_tables import smallest_integer_type
 
 LABELS = torch.arange(2 * 6 * 6).reshape(2, 6, 6) % 7
 
@@ -24,6 +24,7 @@ def test_drop_prob_zero_is_the_identity_to_the_last_bit():
     x = make_x()
     assert torch.equal(ClusterDrop(LABELS, 0.0)(x), x)
     assert torch.equal(ClusterDrop(LABELS, 0.0, rescale="expected")(x), x)
+    assert torch.equal(ClusterDrop(LABELS, 0.0, fill="mean")(x), x)
 
 
 @pytest.mark.parametrize("per_map", [True, False])
@@ -35,6 +36,26 @@ def test_forwards_to_the_function_with_a_draw_of_its_own(per_map, per_sample):
     torch.manual_seed(5)
     keep = draw_keep_table((4 if per_sample else 1, 2 if per_map else 1, 7), 0.4)
     assert torch.equal(out, cluster_drop(x, LABELS, keep))
+
+
+@pytest.mark.parametrize("per_map", [True, False])
+@pytest.mark.parametrize("per_sample", [True, False])
+@pytest.mark.parametrize("rescale", ["batch", "expected"])
+def test_filling_with_the_mean_divides_by_the_keep_probability(per_map, per_sample, rescale):
+    options = {"per_map": per_map, "per_sample": per_sample, "rescale": rescale}
+    x, drop = make_x(), ClusterDrop(LABELS, 0.4, fill="mean", **options)
+    torch.manual_seed(5)
+    out = drop(x)
+    torch.manual_seed(5)
+    keep = draw_keep_table((4 if per_sample else 1, 2 if per_map else 1, 7), 0.4)
+    assert torch.equal(out, cluster_drop(x, LABELS, keep, fill="mean", scale=1 / torch.tensor(0.6)))
+    assert "fill='mean'" in repr(drop)
+
+
+def test_halves_of_a_paired_batch_go_to_the_means_of_other_clusters():
+    x = make_x(3).repeat(2, 1, 1, 1)
+    first, second = (ClusterDrop(LABELS, 0.5, fill="mean", paired=True)(x) - x).chunk(2)
+    torch.testing.assert_close(first, -second)  # scaled by two where the other has the mean
 
 
 def test_without_per_sample_all_samples_drop_alike():
@@ -82,9 +103,11 @@ def test_expected_rescaling_divides_by_the_keep_probability():
     assert out.unique().tolist() == [0.0, 1.25]
 
 
-@pytest.mark.parametrize("rescale", ["batch", "expected"])
-def test_activation_checkpointing_gives_the_same_gradients(rescale):
-    conv, drop = torch.nn.Conv2d(2, 2, 3, padding=1), ClusterDrop(LABELS, 0.4, rescale=rescale)
+@pytest.mark.parametrize(
+    "options", [{"rescale": "batch"}, {"rescale": "expected"}, {"fill": "mean"}], ids=str
+)
+def test_activation_checkpointing_gives_the_same_gradients(options):
+    conv, drop = torch.nn.Conv2d(2, 2, 3, padding=1), ClusterDrop(LABELS, 0.4, **options)
 
     def block(x):
         return drop(conv(x)).relu()
@@ -98,9 +121,10 @@ def test_activation_checkpointing_gives_the_same_gradients(rescale):
     assert all(map(torch.equal, *gradients))
 
 
-def test_new_labels_and_drop_prob_do_not_recompile():
+@pytest.mark.parametrize("fill", ["zero", "mean"])
+def test_new_labels_and_drop_prob_do_not_recompile(fill):
     torch.compiler.reset()
-    drop = ClusterDrop(LABELS, 0.4)
+    drop = ClusterDrop(LABELS, 0.4, fill=fill)
     compiled = torch.compile(drop, fullgraph=True, backend="aot_eager")
     compiled(make_x())
     drop.set_labels(LABELS.flip(2))
@@ -152,6 +176,7 @@ def test_state_goes_through_a_state_dict():
     ("settings", "message"),
     [
         ({"rescale": "none"}, "rescale='none': must be one of batch, expected"),
+        ({"fill": "noise"}, "fill='noise': must be one of zero, mean"),
         ({"drop_prob": 1.0}, r"drop_prob=1.0: must be a number in \[0, 1\)"),
         ({"drop_prob": -0.1}, r"drop_prob=-0.1: must be a number in \[0, 1\)"),
         ({"drop_prob": math.nan}, "drop_prob=nan"),

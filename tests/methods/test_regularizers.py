@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.func import functional_call, grad, jacfwd, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
 
 from lightning_dropcluster import REGULARIZERS
@@ -55,6 +56,8 @@ CASES = {
     "prob_drop_block": Case({"block_size": 3}, blocks_of_3, keeps_mean=False, shared=0.9),
     "spatial_dropout": Case({}),
 }
+# Forward mode makes torch script some of its own decompositions.
+forward_mode = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
 DROPPING = [name for name in CASES if hasattr(REGULARIZERS[name], "set_drop_prob")]
 SIZES = [name for name in CASES if CASES[name].any_size]
 
@@ -149,6 +152,26 @@ class TestRegularizer:
             seeded(call, x).square().sum().backward()
             gradients.append(x.grad)
         assert torch.equal(*gradients)
+
+    @forward_mode
+    def test_forward_mode_agrees_with_backward(self, name):
+        module, x = make(name), make_input(samples=2)
+        forward = seeded(jacfwd(module, randomness="same"), x)
+        torch.testing.assert_close(forward, seeded(jacrev(module), x))
+
+    def test_vmap_of_grad_equals_a_loop_for_the_same_draw(self, name):
+        module, x = make(name), make_input()
+        parameters = dict(module.named_parameters())
+
+        def gradient(sample):
+            return grad(lambda one: functional_call(module, parameters, (one[None],)).square().sum())(sample)
+
+        together = seeded(vmap(gradient, randomness="same"), x)
+        torch.testing.assert_close(together, torch.stack([seeded(gradient, sample) for sample in x]))
+
+    def test_vmap_draws_apart_where_asked_to(self, name):
+        outputs = vmap(make(name), randomness="different")(make_input(samples=2).expand(5, -1, -1, -1, -1))
+        assert len(outputs.unique(dim=0)) == 5
 
     def test_compiles_without_a_graph_break(self, name):
         torch.compiler.reset()

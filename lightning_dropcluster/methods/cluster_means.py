@@ -1,0 +1,112 @@
+"""Clusters filled with their own mean: sums by cluster, in slices that fit the cache."""
+
+import torch
+from torch import Tensor
+
+from lightning_dropcluster.methods.packed_keep import look_up
+
+# Features that are worked on at once, and those of one sample among them. On a CPU what they need stays in
+# the cache; elsewhere few operations count, and memory on the way is bounded.
+_SLICES = {"cpu": (2**17, 2**15)}
+_LARGE_SLICES = (2**25, 2**25)
+_LANES = 64  # maps at least where their features are interleaved, to read in long runs
+
+
+def fill_means_whole(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
+    """Return ``m + (x - m) * keep * scale``, m being the mean of a feature's cluster in its sample and map.
+
+    Args:
+        x: (N, C, *spatial), floating point.
+        labels: integers in [0, K), (C or 1, *spatial or ones).
+        keep: bool (N or 1, C or 1, K).
+        scale: 0-d.
+
+    Returns:
+        A tensor like ``x``.
+    """
+    last = _is_channels_last(x)
+    index, keep, sizes = _clusters_of_maps(x, labels, keep)
+    flat = _flat_index(index, sizes.shape[1], last)
+    return _fill(x, flat, _weights(x, keep, scale), sizes, last).to(x.dtype)
+
+
+def fill_means(out: Tensor, x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> None:
+    """Write what `fill_means_whole` returns, with less memory and, on a CPU, in less time.
+
+    Args:
+        out: where to write, like ``x``; it may be ``x``.
+        x: see `fill_means_whole`.
+        labels: see there.
+        keep: see there.
+        scale: see there.
+    """
+    last = _is_channels_last(x)
+    index, keep, sizes = _clusters_of_maps(x, labels, keep)
+    weights = _weights(x, keep, scale)
+    maps, samples = _slice_shape(index, last, x.device.type)
+    for i in range(0, len(index), maps):
+        part, size = slice(i, i + maps), sizes[i : i + maps]
+        flat = _flat_index(index[part], sizes.shape[1], last)
+        for j in range(0, len(x), samples):
+            weight = weights[j : j + samples, part] if len(weights) > 1 else weights[:, part]
+            out[j : j + samples, part] = _fill(x[j : j + samples, part], flat, weight, size, last)
+
+
+def _fill(x: Tensor, index: Tensor, weights: Tensor, sizes: Tensor, last: bool) -> Tensor:
+    """Move x (N, C, *spatial) towards the means of its clusters, by weights (N or 1, C, M), in their type."""
+    ordered = x.movedim(1, -1) if last else x
+    flat = ordered.flatten(1)
+    wide, rows = flat.to(sizes.dtype), index.expand(flat.shape)
+    sums = wide.new_zeros(len(x), sizes.numel()).scatter_add(1, rows, wide)
+    means = (sums / sizes.flatten()).to(weights.dtype).gather(1, rows)
+    # Exact where x is the mean, where the weight is 0, and where it is 1.
+    values = wide if wide.dtype == weights.dtype else flat.to(weights.dtype)
+    filled = values.lerp(means, weights.flatten(1).expand(len(x), -1).gather(1, rows))
+    return filled.view(ordered.shape).movedim(-1, 1) if last else filled.view(ordered.shape)
+
+
+def _clusters_of_maps(x: Tensor, labels: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels (C, *spatial) below M, keep table (N or 1, C, M) and sizes (C, M) of clusters within maps.
+
+    M is at most the number of features of a map, since each cluster of the layer may be in each map.
+    """
+    channels, spatial = x.shape[1], x.shape[2:]
+    index = labels.long().expand(x.shape[1:]).reshape(channels, spatial.numel())
+    keep = keep.expand(-1, channels, -1)
+    if keep.shape[2] > index.shape[1]:
+        keep, index = look_up(keep, index), _first_members(index, keep.shape[2])
+    exact = torch.float32 if x.element_size() == 2 or x.device.type == "mps" else torch.float64
+    sizes = torch.zeros(channels, keep.shape[2], dtype=exact, device=x.device)
+    sizes = sizes.scatter_add(1, index, torch.ones_like(index, dtype=exact)).clamp(min=1.0)
+    return index.view(channels, *spatial), keep, sizes
+
+
+def _first_members(labels: Tensor, num_clusters: int) -> Tensor:
+    """Number clusters (C, F) of maps by the place of their first member."""
+    places = torch.arange(labels.shape[1], device=labels.device).expand(labels.shape)
+    first = torch.full((len(labels), num_clusters), labels.shape[1], device=labels.device)
+    return first.scatter_reduce(1, labels, places, "amin").gather(1, labels)
+
+
+def _weights(x: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
+    """How far each cluster goes to its mean, 1 being all the way."""
+    return 1.0 - keep * scale.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _flat_index(labels: Tensor, num_clusters: int, last: bool) -> Tensor:
+    """Number the clusters (C, *spatial) of all maps through, in the order in which features lie in memory."""
+    first = torch.arange(len(labels), device=labels.device) * num_clusters
+    numbers = labels + first.view(-1, *(1 for _ in labels.shape[1:]))
+    return (numbers.movedim(0, -1) if last else numbers).flatten()
+
+
+def _slice_shape(labels: Tensor, last: bool, device: str) -> tuple[int, int]:
+    """How many maps and samples to work on at once."""
+    features = max(1, labels.shape[1:].numel())
+    most, row = _SLICES.get(device, _LARGE_SLICES)
+    maps = max(_LANES if last else 1, row // features)
+    return maps, max(1, most // max(1, features * min(maps, len(labels))))
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
