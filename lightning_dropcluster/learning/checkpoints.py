@@ -9,7 +9,6 @@ from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
-from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
@@ -103,7 +102,7 @@ def _open(path: str) -> BinaryIO:
         raise OSError(str(error) or type(error).__name__) from error
 
 
-def _open_in(files: AbstractFileSystem, path: str) -> BinaryIO:
+def _open_in(files: Any, path: str) -> BinaryIO:
     try:
         return files.open(path, "rb")
     except OSError:  # which one a folder gives differs
