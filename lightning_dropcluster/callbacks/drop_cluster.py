@@ -77,8 +77,8 @@ class DropCluster(LayerCallback):
         clusterer: any object with ``fit`` as in `Clusterer`. ``None`` means `FaissKMeans`, on macOS
             `TorchKMeans`.
         per_sample: draw for each sample, or once for the whole batch.
-        fill: what replaces a dropped cluster: ``"zero"``, as in the paper, or ``"mean"``, its own mean in that
-            sample and map, which keeps what members share and drops what sets them apart. The deviations of
+        fill: what replaces a dropped cluster: ``"zero"``, as in the paper, or ``"mean"``, its own mean in
+            that sample and map, which keeps what members share and drops what sets them apart. Deviations of
             kept clusters are then scaled by 1 / (1 - drop_prob). See `cluster_drop`.
         rescale: counts with ``fill="zero"`` alone: ``"batch"`` scales what is kept by (number of features) /
             (number kept) over the batch, ``"expected"`` by 1 / (1 - drop_prob).

@@ -9,7 +9,6 @@ from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
-from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
@@ -88,7 +87,7 @@ def _clusters_in(path: str | os.PathLike[str], scope: Scope) -> dict[str, Cluste
     return found
 
 
-def _open(path: str) -> Any:
+def _open(path: str) -> BinaryIO:
     """Open a file as Lightning does; of a sharded checkpoint the file that holds what callbacks saved."""
     files, inside = url_to_fs(path)
     try:
@@ -103,7 +102,7 @@ def _open(path: str) -> Any:
         raise OSError(str(error) or type(error).__name__) from error
 
 
-def _open_in(files: AbstractFileSystem, path: str) -> Any:
+def _open_in(files: Any, path: str) -> BinaryIO:
     try:
         return files.open(path, "rb")
     except OSError:  # which one a folder gives differs
