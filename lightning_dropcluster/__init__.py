@@ -67,14 +67,16 @@ __all__ = [
 _ROOMS = ("methods", "layers", "clustering", "inspection", "visualization", "callbacks", "functional")
 
 
-def __getattr__(name: str) -> Any:
-    for room in _ROOMS if name in __all__ else ():
-        module = import_module(f"{__name__}.{room}")
-        if name in module.__all__:
-            return getattr(module, name)
-    if name in _ROOMS:
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # checkers would take any name for one that is there
+
+    def __getattr__(name: str) -> Any:
+        for room in _ROOMS if name in __all__ else ():
+            module = import_module(f"{__name__}.{room}")
+            if name in module.__all__:
+                return getattr(module, name)
+        if name in _ROOMS:
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

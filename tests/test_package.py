@@ -12,7 +12,7 @@ import lightning_dropcluster
 
 
 def test_every_public_name_is_what_type_checkers_take_it_for():
-    (block,) = (
+    block = next(
         node for node in ast.parse(inspect.getsource(lightning_dropcluster)).body if isinstance(node, ast.If)
     )
     seen = {}
