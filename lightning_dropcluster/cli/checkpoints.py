@@ -31,14 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerHistory:
-    """One layer's clusters in some checkpoints.
-
-    Args:
-        name: of the layer.
-        scope: what was grouped.
-        epochs: when each checkpoint was written.
-        labels: (C, *spatial) of each; layers whose maps changed their size start anew.
-    """
+    """One layer's clusters in some checkpoints, the oldest first, all of one size."""
 
     name: str
     scope: str
@@ -49,19 +42,7 @@ class LayerHistory:
 def read_histories(
     paths: Iterable[str | PathLike[str]], match: Sequence[str] = ("**",)
 ) -> list[LayerHistory]:
-    """Read the clusters of some layers from checkpoints of one run.
-
-    Args:
-        paths: of checkpoints, or of folders with checkpoints, in any order; URLs that fsspec opens too.
-        match: patterns of layers' names, as for `DropCluster`; each must pick at least one.
-
-    Returns:
-        The layers' clusters, the oldest checkpoint first; of equal ones in a row only the first is kept.
-
-    Raises:
-        OSError: where a file cannot be opened.
-        ValueError: where a file is no checkpoint, none holds clusters, or a pattern picks nothing.
-    """
+    """Read the clusters of some layers from checkpoints, or folders of them."""
     saved = sorted((one for path in paths for one in _read(path)), key=lambda one: one.step)
     names = dict.fromkeys(name for one in saved for name in one.clusters)
     if not names:
@@ -71,11 +52,7 @@ def read_histories(
 
 
 def print_history(history: LayerHistory) -> None:
-    """Print what clusters a layer has, and how they changed.
-
-    Args:
-        history: of the layer.
-    """
+    """Print what clusters a layer has, and how they changed."""
     labels, epochs = history.labels, history.epochs
     count = int(labels[-1].max()) + 1
     parts = [f"epoch {epochs[-1]}", f"{count} cluster{'s' * (count != 1)}", f"scope {history.scope}"]
@@ -86,17 +63,7 @@ def print_history(history: LayerHistory) -> None:
 
 
 def save_plots(history: LayerHistory, folder: Path, *, image: Tensor | None, max_maps: int) -> Iterator[Path]:
-    """Draw a layer: its clusters, their sizes, over an image if there is one, and over time.
-
-    Args:
-        history: of the layer.
-        folder: where the pictures go; it must exist.
-        image: (3, H, W), (1, H, W) or (H, W), an input of the model.
-        max_maps: feature maps drawn at most.
-
-    Yields:
-        The path of each picture, once it is written.
-    """
+    """Draw a layer's clusters, their sizes, over an image if there is one, and over time; yield each path."""
     labels, moments = history.labels[-1], len(history.labels)
     file = re.sub(r"[\\/:]", "_", history.name)  # a checkpoint may come from anywhere: no path leads out
     title = headline([history.name, f"epoch {history.epochs[-1]}"])
@@ -120,18 +87,7 @@ def save_plots(history: LayerHistory, folder: Path, *, image: Tensor | None, max
 
 
 def read_image(path: str) -> Tensor:
-    """Read an image file.
-
-    Args:
-        path: of any format that Pillow reads.
-
-    Returns:
-        (3, H, W) in [0, 1].
-
-    Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: where it is no image.
-    """
+    """Read an image file of any format that Pillow reads, as (3, H, W) in [0, 1]."""
     from PIL import Image, UnidentifiedImageError
 
     try:

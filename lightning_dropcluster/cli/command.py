@@ -147,16 +147,7 @@ def plot(
 
 
 def parse_size(text: str | None) -> tuple[int, ...] | None:
-    """Read an input size.
-
-    Args:
-        text: such as ``"3x224x224"``, or ``"224"`` for three square channels.
-
-    Returns:
-        (C, H, W), or ``None`` where there is no text.
-
-    Raises:
-        ValueError: where the text is no size.
+    """Read an input size (C, H, W), such as ``"3x224x224"``, or ``"224"`` for three square channels.
 
     Example:
         >>> parse_size("3x160x192"), parse_size("224")

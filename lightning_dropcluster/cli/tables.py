@@ -27,16 +27,7 @@ def print_layers(
     scope: str,
     show_all: bool,
 ) -> None:
-    """Print a model's conv layers, what is picked, and patterns to copy.
-
-    Args:
-        model: name of the model, for the title.
-        input_size: of one sample, for the title.
-        found: all conv layers.
-        picked: names of those that the user's patterns pick, ``None`` where there are no patterns.
-        scope: what is grouped, for the note on small maps.
-        show_all: whether runs of layers that are not picked are shown in full.
-    """
+    """Print a model's conv layers, what is picked, and patterns to copy."""
     screen = console()
     chosen = found if picked is None else Preview(tuple(_those(found, picked)), {})
     screen.print(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dropcluster.checks import check_choice, check_number
@@ -20,7 +20,6 @@ from lightning_dropcluster.visualization.panels import (
     draw_map,
     new_figure,
     panel_inches,
-    render,
     shown_maps,
 )
 
@@ -110,27 +109,26 @@ def save_animation(
     """
     _check(history, epochs, scope, max_maps)
     check_number("seconds", seconds, 0.02)
+    if Path(path).suffix.lower() != ".gif":
+        raise ValueError(f"path={str(path)!r}: must end in .gif")
     colors = neighbor_colors(*(shown_maps(labels, max_maps) for labels in history))
-    frames = []
+    figures = []
     for moment, labels in enumerate(history):
         options: dict[str, Any] = {"scope": scope, "colors": colors, "max_maps": max_maps, "title": title}
         options["epoch"] = None if epochs is None else epochs[moment]
         options["previous"] = history[moment - 1] if moment else None
-        frames.append(render(plot_clusters(labels, **options)))
-    _save_gif(path, frames, seconds)
+        figures.append(plot_clusters(labels, **options))
+    from matplotlib.animation import PillowWriter
 
-
-def _save_gif(path: str | PathLike[str], frames: list[Tensor], seconds: float) -> None:
-    from PIL import Image
-
-    height = max(len(frame) for frame in frames)  # the first has a line less above its maps
-    frames = [F.pad(frame, (0, 0, 0, 0, height - len(frame), 0), value=255) for frame in frames]
-    images = [Image.fromarray(frame.numpy()) for frame in frames]
-    # One palette for all: with a palette of its own each frame would flicker.
-    palette = Image.fromarray(torch.cat(frames).numpy()).quantize(256, dither=Image.Dither.NONE)
-    first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-    durations = [round(1000 * seconds)] * len(rest) + [round(3000 * seconds)]
-    first.save(path, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)
+    for figure in figures:
+        figure.set_size_inches(figures[-1].get_size_inches())  # the first has a line less above its maps
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # else panels move a little when they are drawn again
+    frames_per_second: Any = 1 / seconds  # typed as an integer, but divided by alone
+    writer = PillowWriter(fps=frames_per_second)
+    with writer.saving(figures[0], Path(path), figures[0].dpi):
+        for writer.fig in [*figures, *figures[-1:] * 2]:
+            writer.grab_frame()
 
 
 def _check(history: Sequence[Tensor], epochs: Sequence[int] | None, scope: str, max_maps: int) -> None:
@@ -141,10 +139,12 @@ def _check(history: Sequence[Tensor], epochs: Sequence[int] | None, scope: str, 
         raise TypeError(f"history: must be a list of one layer's labels, the oldest first, not one {kind}")
     if not history:
         raise ValueError("history: must hold the labels of at least one moment")
-    for labels in history:
-        check_labels(labels)
+    for moment, labels in enumerate(history):
+        check_labels(labels, f"history[{moment}]")
     shapes = {tuple(labels.shape) for labels in history}
     if len(shapes) > 1:
         raise ValueError(f"history: labels have different shapes {sorted(shapes)}")
+    if epochs is not None and not hasattr(epochs, "__len__"):
+        raise TypeError(f"epochs: must be a list with one for each moment, not {type(epochs).__name__}")
     if epochs is not None and len(epochs) != len(history):
         raise ValueError(f"epochs: {len(epochs)} of them for {len(history)} moments")

@@ -26,9 +26,6 @@ class PictureLog:
 
     Known are TensorBoard, Weights & Biases, MLflow, Comet, and what has their methods. A logger that takes no
     images gets none. A logger that fails is named in one warning, and training goes on.
-
-    Args:
-        scope: what is grouped, for the agreement in the titles.
     """
 
     def __init__(self, scope: str) -> None:
@@ -39,14 +36,7 @@ class PictureLog:
         self._failed: set[int] = set()
 
     def send(self, trainer: Any, clusters: Mapping[str, Clusters], prefix: str, step: int) -> None:
-        """Draw the clusters of the first few layers and send them.
-
-        Args:
-            trainer: whose loggers they go to, with its epoch.
-            clusters: name of layer to its new clusters.
-            prefix: of the tags.
-            step: of training, as the loggers count it.
-        """
+        """Draw the clusters of the first few layers and send them."""
         # Copies, since the callback writes the next labels over these.
         last, self._last = self._last, {**self._last, **{name: one.copy() for name, one in clusters.items()}}
         senders = {id(one): _sender(one) for one in trainer.loggers if id(one) not in self._failed}

@@ -64,8 +64,10 @@ def plot_clusters(
         ValueError: if `labels` has another shape, a count is below 1, or there are fewer colours than labels.
     """
     check_labels(labels)
-    if previous is not None and previous.shape != labels.shape:
-        raise ValueError(f"previous of shape {tuple(previous.shape)}: must be {tuple(labels.shape)}")
+    if previous is not None:
+        check_labels(previous, "previous")
+        if previous.shape != labels.shape:
+            raise ValueError(f"previous of shape {tuple(previous.shape)}: must be {tuple(labels.shape)}")
     check_choice("scope", scope, SCOPES)
     check_number("max_maps", max_maps, 1, integer=True)
     if columns is not None:

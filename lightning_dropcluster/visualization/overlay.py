@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lightning_dropcluster.checks import check_number
+from lightning_dropcluster.checks import check_number, describe
 from lightning_dropcluster.visualization.colors import neighbor_colors
 from lightning_dropcluster.visualization.panels import (
     check_colors,
@@ -85,12 +85,14 @@ def plot_overlay(
 
 def _picture(image: Tensor) -> Tensor:
     """Bring an input to (h, w, 3) in [0, 1]."""
-    if not isinstance(image, Tensor):
-        raise TypeError(f"image: must be a tensor, not {type(image).__name__}")
+    if not isinstance(image, Tensor) or image.is_complex():
+        raise TypeError(f"image: must be a tensor of real numbers, not {describe(image)}")
     image = image.detach().cpu().float()
     image = image[None] if image.ndim == 2 else image
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or not image.numel():
         raise ValueError(f"image of shape {tuple(image.shape)}: must be (3, h, w), (1, h, w) or (h, w)")
+    if not image.isfinite().all():
+        raise ValueError("image: must be finite")
     low, high = image.aminmax()
     scaled = (image - low) / (high - low).clamp(min=1e-12)
     return scaled.expand(3, *image.shape[1:]).permute(1, 2, 0)

@@ -18,21 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_MOST_LABELS = 2**20  # there must be a colour for each
 _MOST_BORDERS = 128  # above this side length a cell is only a few pixels wide and borders would hide it
 
 
 def new_figure(function: str) -> Figure:
-    """Make a figure that pyplot does not know.
-
-    Args:
-        function: who needs it, for the error.
-
-    Returns:
-        An empty figure.
-
-    Raises:
-        ImportError: if matplotlib is missing.
-    """
+    """Make an empty figure that pyplot does not know; the error names the function that needs it."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -50,14 +41,7 @@ def _to_png(figure: Figure) -> bytes:
 
 
 def render(figure: Figure) -> Tensor:
-    """Draw a figure into pixels.
-
-    Args:
-        figure: any.
-
-    Returns:
-        (H, W, 3) uint8.
-    """
+    """Draw a figure into pixels, (H, W, 3) uint8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -67,55 +51,32 @@ def render(figure: Figure) -> Tensor:
     return pixels.reshape(height, width, 4)[:, :, :3].contiguous()
 
 
-def check_labels(labels: Any) -> None:
-    """Check that something is the labels of a layer.
-
-    Args:
-        labels: what should be an integer tensor (C, *spatial) with 1 to 3 spatial axes.
-
-    Raises:
-        TypeError: if it is no integer tensor.
-        ValueError: if it has another shape, or is empty.
-    """
-    check_integers("labels", labels)
+def check_labels(labels: Any, what: str = "labels") -> None:
+    """Check that something is the labels of a layer, (C, *spatial) with 1 to 3 spatial axes."""
+    check_integers(what, labels)
     if labels.ndim not in (2, 3, 4) or labels.numel() == 0:
         raise ValueError(
-            f"labels of shape {tuple(labels.shape)}: must be (C, *spatial) with 1 to 3 spatial axes"
+            f"{what} of shape {tuple(labels.shape)}: must be (C, *spatial) with 1 to 3 spatial axes"
         )
-    if int(labels.min()) < 0:
-        raise ValueError(f"labels: must be at least 0, but the smallest is {int(labels.min())}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= _MOST_LABELS:
+        raise ValueError(f"{what} from {low} to {high}: must be in [0, {_MOST_LABELS})")
 
 
-def check_colors(colors: Tensor, images: Tensor) -> Tensor:
-    """Check that there is a colour for every label.
-
-    Args:
-        colors: what should be (K, 3).
-        images: labels to be drawn, of any shape.
-
-    Returns:
-        The colours.
-
-    Raises:
-        ValueError: if they have another shape, or there are fewer than labels.
-    """
-    if colors.ndim != 2 or colors.shape[1] != 3 or len(colors) <= int(images.max()):
-        raise ValueError(
-            f"colors of shape {tuple(colors.shape)}: must be (K, 3), K at least {int(images.max()) + 1}"
-        )
-    return colors
+def check_colors(colors: Any, images: Tensor) -> Tensor:
+    """Check that there is a colour for every label in the images."""
+    if not isinstance(colors, Tensor):
+        raise TypeError(f"colors: must be a tensor, not {type(colors).__name__}")
+    least = int(images.max()) + 1
+    if colors.ndim != 2 or colors.shape[1] != 3 or len(colors) < least:
+        raise ValueError(f"colors of shape {tuple(colors.shape)}: must be (K, 3), K at least {least}")
+    if not ((colors >= 0) & (colors <= 1)).all():
+        raise ValueError("colors: must be in [0, 1]")
+    return colors.detach().cpu().float()
 
 
 def shown_maps(labels: Tensor, max_maps: int) -> Tensor:
-    """Bring labels to images.
-
-    Args:
-        labels: (C, *spatial).
-        max_maps: how many of the first maps to take.
-
-    Returns:
-        (maps, H, W) int64 on the CPU: of 1-d maps one row, of 3-d maps the middle slice.
-    """
+    """Bring the first maps to images (maps, H, W): 1-d maps to one row, 3-d maps to their middle slice."""
     labels = labels.detach().cpu()[:max_maps].long()
     if labels.ndim == 2:
         return labels[:, None]
@@ -123,14 +84,7 @@ def shown_maps(labels: Tensor, max_maps: int) -> Tensor:
 
 
 def panel_inches(labels: Tensor) -> tuple[float, float]:
-    """Choose the size of a panel without its title, following the maps within bounds.
-
-    Args:
-        labels: (C, *spatial).
-
-    Returns:
-        Width and height in inches.
-    """
+    """Choose width and height of a panel without its title, following the maps within bounds."""
     if labels.ndim == 2:
         return 6.0, 0.35
     height, width = labels.shape[-2:]
@@ -139,14 +93,7 @@ def panel_inches(labels: Tensor) -> tuple[float, float]:
 
 
 def draw_map(axes: Axes, image: Tensor, colors: Tensor, *, alpha: float = 1.0) -> None:
-    """Draw the clusters of one map, with lines between them.
-
-    Args:
-        axes: where to.
-        image: (H, W) labels.
-        colors: (K, 3) colour of each label.
-        alpha: how far the colours hide what lies below, in [0, 1].
-    """
+    """Draw the clusters of one map (H, W), with lines between them."""
     aspect = "auto" if image.shape[0] == 1 else "equal"
     axes.imshow(colors[image].numpy(), interpolation="nearest", aspect=aspect, alpha=alpha)
     if max(image.shape) <= _MOST_BORDERS:
@@ -156,41 +103,18 @@ def draw_map(axes: Axes, image: Tensor, colors: Tensor, *, alpha: float = 1.0) -
 
 
 def cluster_count(image: Tensor) -> str:
-    """Say how many clusters a map has.
-
-    Args:
-        image: labels (H, W).
-
-    Returns:
-        Such as ``"4 clusters"``.
-    """
+    """Say how many clusters a map has, such as ``"4 clusters"``."""
     count = len(image.unique())
     return f"{count} cluster{'s' * (count != 1)}"
 
 
 def agreement(labels: Tensor, previous: Tensor, scope: str = "map") -> float:
-    """Return how far two clusterings of a layer agree.
-
-    Args:
-        labels: (C, *spatial).
-        previous: the same layer's labels at another time, (C, *spatial).
-        scope: what was grouped, a name of `SCOPES`.
-
-    Returns:
-        Adjusted Rand index: 1 where equal, 0 by chance.
-    """
+    """Return the adjusted Rand index of two clusterings of a layer: 1 where equal, 0 by chance."""
     return adjusted_rand_index(*map(SCOPES[scope].problem_labels, (labels, previous)))
 
 
 def headline(parts: Sequence[str | None]) -> str:
-    """Join what a title says.
-
-    Args:
-        parts: texts; those that are ``None`` or empty are left out.
-
-    Returns:
-        One line.
-    """
+    """Join what a title says; parts that are ``None`` or empty are left out."""
     return " · ".join(part for part in parts if part)
 
 

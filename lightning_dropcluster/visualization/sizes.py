@@ -19,14 +19,7 @@ _MOST_BARS = 40
 
 
 def cluster_sizes_of(labels: Tensor, scope: str = "map") -> Tensor:
-    """Count the members of every cluster of a layer.
-
-    Args:
-        labels: (C, *spatial) integers.
-        scope: what was grouped, as for `DropCluster`: the members are features, positions or maps.
-
-    Returns:
-        (clusters,) int64, none of them 0, of all problems of the scope one after the other.
+    """Count the members of every cluster, of all problems of the scope one after the other; none is 0.
 
     Example:
         >>> cluster_sizes_of(torch.tensor([[[0, 0, 1]], [[0, 0, 0]]]))

@@ -161,6 +161,34 @@ def test_bad_labels(labels, error, message):
         plot_clusters(labels)
 
 
+FLAT = torch.zeros(2, 4, 4, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("draw", "error", "message"),
+    [
+        (lambda: plot_clusters(FLAT, previous=[1]), TypeError, r"previous: must be an integer tensor"),
+        (
+            lambda: plot_clusters(FLAT, previous=FLAT - 1),
+            ValueError,
+            r"previous from -1 to -1: must be in",
+        ),
+        (lambda: plot_clusters(FLAT + 2**40), ValueError, r"labels from 1099511627776 to .*: must be in \[0"),
+        (lambda: plot_clusters(FLAT, colors=[[0, 0, 0]]), TypeError, r"colors: must be a tensor, not list"),
+        (lambda: plot_clusters(FLAT, colors=torch.full((1, 3), 2.0)), ValueError, r"colors: .* in \[0, 1\]"),
+        (lambda: plot_history([FLAT, FLAT.float()]), TypeError, r"history\[1\]: must be an integer tensor"),
+        (lambda: plot_history([FLAT], epochs=3), TypeError, r"epochs: must be a list .* not int"),
+        (lambda: plot_overlay(FLAT, torch.zeros(3, 0, 8)), ValueError, r"image of shape \(3, 0, 8\)"),
+        (lambda: plot_overlay(FLAT, torch.full((8, 8), torch.nan)), ValueError, r"image: must be finite"),
+        (lambda: plot_overlay(FLAT, torch.zeros(8, 8).cfloat()), TypeError, r"image: .* real numbers"),
+        (lambda: save_animation("clusters.mp4", [FLAT]), ValueError, r"path='clusters.mp4': must end in"),
+    ],
+)
+def test_what_cannot_be_drawn_names_the_argument(draw, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        draw()
+
+
 @pytest.mark.parametrize("name", ["max_maps", "columns"])
 @pytest.mark.parametrize("value", [0, -3, 1.5, "2", True])
 def test_bad_counts(name, value):
