@@ -283,8 +283,8 @@ def test_records_are_appended(tmp_path, capsys):
 
 def test_demo_announces_compares_and_draws(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    demo_main(Demo(epochs=3, progress_bar=False))
+    demo_main(Demo(epochs=4, seeds=2, progress_bar=False))
     out = capsys.readouterr().out
-    assert out.index("Both are scored once") < out.index("accuracy")
-    assert out.splitlines()[-1] == "Clusters of conv1: demo/clusters.png"
+    assert out.index("is scored once") < out.index("accuracy")
+    assert out.splitlines()[-1] == "Clusters of the first of layer[1-3]: demo/clusters.png"
     assert (tmp_path / "demo" / "clusters.png").read_bytes().startswith(b"\x89PNG")
