@@ -86,7 +86,8 @@ def announcement(base: Settings, seeds: int) -> str:
     given = ", ".join(f"{name}={getattr(base, name)!r}" for name in options)
     return (
         f"{seeds} pairs of runs of timm's {base.model}, each on {base.train_samples} of scikit-learn's "
-        f"digits: {base.epochs} epochs, the same first weights, batches and optimiser. The second run of a pair adds "
+        f"digits: {base.epochs} epochs, the same first weights, batches and optimiser. The second run of a "
+        "pair adds "
         f'one callback:\n  DropCluster("{base.layers}", {base.drop_prob}, {given})\n'
         f"Each run is scored once, at the end, on the same {NUM_TEST} test images."
     )
