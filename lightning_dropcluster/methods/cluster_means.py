@@ -24,6 +24,8 @@ def fill_means_whole(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> 
     Returns:
         A tensor like ``x``.
     """
+    if _are_whole_maps(labels):
+        return _fill_whole_maps(x, labels, keep, scale)
     last = _is_channels_last(x)
     index, keep, sizes = _clusters_of_maps(x, labels, keep)
     flat = _flat_index(index, sizes.shape[1], last)
@@ -40,6 +42,9 @@ def fill_means(out: Tensor, x: Tensor, labels: Tensor, keep: Tensor, scale: Tens
         keep: see there.
         scale: see there.
     """
+    if _are_whole_maps(labels):
+        out.copy_(_fill_whole_maps(x, labels, keep, scale))
+        return
     last = _is_channels_last(x)
     index, keep, sizes = _clusters_of_maps(x, labels, keep)
     weights = _weights(x, keep, scale)
@@ -50,6 +55,17 @@ def fill_means(out: Tensor, x: Tensor, labels: Tensor, keep: Tensor, scale: Tens
         for j in range(0, len(x), samples):
             weight = weights[j : j + samples, part] if len(weights) > 1 else weights[:, part]
             out[j : j + samples, part] = _fill(x[j : j + samples, part], flat, weight, size, last)
+
+
+def _fill_whole_maps(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
+    """The same where each map is one cluster: additions to a single sum would wait for each other."""
+    weights = look_up(_weights(x, keep, scale), labels.long().view(-1, 1).expand(x.shape[1], 1))
+    spatial = tuple(range(2, x.ndim))
+    means = x.sum(spatial, keepdim=True, dtype=_type_of_sums(x)) / x.shape[2:].numel()
+    filled = x.to(weights.dtype).lerp(
+        means.to(weights.dtype), weights.view(*weights.shape[:2], *labels.shape[1:])
+    )
+    return filled.to(x.dtype)
 
 
 def _fill(x: Tensor, index: Tensor, weights: Tensor, sizes: Tensor, last: bool) -> Tensor:
@@ -75,10 +91,15 @@ def _clusters_of_maps(x: Tensor, labels: Tensor, keep: Tensor) -> tuple[Tensor, 
     keep = keep.expand(-1, channels, -1)
     if keep.shape[2] > index.shape[1]:
         keep, index = look_up(keep, index), _first_members(index, keep.shape[2])
-    exact = torch.float32 if x.element_size() == 2 or x.device.type == "mps" else torch.float64
+    exact = _type_of_sums(x)
     sizes = torch.zeros(channels, keep.shape[2], dtype=exact, device=x.device)
     sizes = sizes.scatter_add(1, index, torch.ones_like(index, dtype=exact)).clamp(min=1.0)
     return index.view(channels, *spatial), keep, sizes
+
+
+def _type_of_sums(x: Tensor) -> torch.dtype:
+    """A type in which sums of equal features are exact, but for those that are float64 already."""
+    return torch.float32 if x.element_size() == 2 or x.device.type == "mps" else torch.float64
 
 
 def _first_members(labels: Tensor, num_clusters: int) -> Tensor:
@@ -106,6 +127,10 @@ def _slice_shape(labels: Tensor, last: bool, device: str) -> tuple[int, int]:
     most, row = _SLICES.get(device, _LARGE_SLICES)
     maps = max(_LANES if last else 1, row // features)
     return maps, max(1, most // max(1, features * min(maps, len(labels))))
+
+
+def _are_whole_maps(labels: Tensor) -> bool:
+    return labels.ndim > 1 and labels.shape[1:].numel() == 1
 
 
 def _is_channels_last(x: Tensor) -> bool:
