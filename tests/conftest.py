@@ -33,3 +33,11 @@ def jpeg_tree(tmp_path):
                 pixels = torch.randint(256, (8, 8, 3), dtype=torch.uint8, generator=generator)
                 Image.fromarray(pixels.numpy()).save(folder / f"{index:04d}.jpg")
     return root
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(request, monkeypatch):
+    """Leave the user's cache folder alone, where benchmarks keep images decoded."""
+    if "benchmarks" in request.path.parts:
+        folder = request.getfixturevalue("tmp_path") / "cache"
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
