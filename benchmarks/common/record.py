@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CODE = ("lightning_dropcluster", "benchmarks", ":!benchmarks/results", ":!*.md")
 PACKAGES = ("timm", "pytorch-lightning", "torchmetrics", "lightning-dropcluster")
 HINTS = (
+    ".*have no `val_dataloader`",
     ".*does not have many workers",  # the images are in memory: nothing to load
     ".*LeafSpec",  # Lightning 2.6 with torch 2.15
 )
