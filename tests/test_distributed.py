@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from datetime import timedelta
@@ -239,9 +240,8 @@ def test_out_of_memory_on_one_rank_keeps_the_old_labels_on_all(rank, tmp_path):
     assert_alike(results)
     assert len(set(column(results[0], "labels"))) == 3  # none, the first and the third
     cause = "too much" if rank == 0 else "on another rank"
-    assert results[0]["warnings"] == [
-        f"DropCluster: out of memory in reclustering; the old labels stay ({cause})"
-    ]
+    said = f"DropCluster: out of memory in reclustering; the old labels stay ({cause})"
+    assert results[0]["warnings"].count(said) == 1
     assert results[1]["warnings"] == []
 
 
@@ -290,7 +290,7 @@ def train_other_sizes() -> dict:
 def test_a_size_that_changes_on_one_rank_alone_keeps_the_ranks_together(tmp_path):
     results = run_ranks(train_other_sizes, 2, tmp_path)
     assert_alike(results)
-    assert "layer 'model.conv1' was not gathered, or not alike on all ranks" in results[0]["warnings"][0]
+    assert "before num_samples=30 samples of one size were gathered" in results[0]["warnings"][0]
 
 
 def train_with_synchronised_batchnorm() -> dict:
@@ -420,10 +420,10 @@ def run_script(*arguments: str) -> list[str]:
 
 @pytest.mark.long
 def test_a_script_whose_ranks_lightning_starts():
-    told = [line for line in run_script("ddp") if line.startswith("labels")]
+    # Ranks may write into one another's lines.
+    told = re.findall(r"labels \w+ of 2 layers", "".join(run_script("ddp")))
     assert len(told) == 2
     assert len(set(told)) == 1
-    assert told[0].endswith(" of 2 layers")
 
 
 @pytest.mark.long
