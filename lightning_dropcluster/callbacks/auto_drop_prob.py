@@ -39,15 +39,11 @@ class AutoDropProb:
         self._first: Tensor | float | None = None
         self._sum: Tensor | float = 0.0
         self._count = 0
-        self.has_compared = False
-
-    @property
-    def has_losses(self) -> bool:
-        """Whether any loss has been added."""
-        return self._first is not None
+        self.has_losses = self.has_compared = False
 
     def add(self, loss: Tensor) -> None:
         """Add the loss of a step that dropped nothing, without waiting for its device."""
+        self.has_losses = True
         loss = loss.detach().float().mean()
         if self._first is None:
             self._first = loss
@@ -84,6 +80,7 @@ class AutoDropProb:
         """Go on from a state; with a lower max_drop_prob than before, from that."""
         self.drop_prob = min(state["drop_prob"], self.max_drop_prob)
         self._first, self._sum, self._count = state["first"], state["sum"], state["count"]
+        self.has_losses, self.has_compared = self._first is not None, self.drop_prob > 0.0
 
     def _target(self, first: float, training: float, validation: float) -> float:
         """Where drop_prob is to go; where it is, if a loss is NaN or infinite."""

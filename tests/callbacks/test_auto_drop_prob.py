@@ -165,6 +165,30 @@ def test_training_without_a_loss_is_an_error_at_the_first_validation(loader):
         make_trainer(make_callback()).fit(Silent(), loader, loader)
 
 
+def test_a_first_loss_that_is_no_number_does_not_end_training(loader):
+    class Late(Validated):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * math.nan if self.global_step == 0 else loss
+
+    callback = make_callback()
+    module = Late()
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)
+    module.configure_gradient_clipping = lambda *args, **options: module.zero_grad()
+    make_trainer(callback, max_epochs=6).fit(module, loader, loader)
+    assert 0.0 < callback.state_dict()["auto"]["drop_prob"] < 1.0
+
+
+def test_a_resumed_run_knows_that_validations_were_there():
+    auto = AutoDropProb(0.8)
+    auto.add(torch.tensor(1.0))
+    auto.compare(1.9, CPU)
+    resumed = AutoDropProb(0.8)
+    resumed.load_state_dict(auto.state_dict())
+    assert resumed.has_compared
+    assert resumed.has_losses
+
+
 def test_training_that_ends_before_a_validation_says_so(loader):
     with pytest.warns(UserWarning, match="training ended before a validation did"):
         make_trainer(make_callback(), check_val_every_n_epoch=9).fit(Validated(), loader, loader)
