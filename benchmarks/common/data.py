@@ -87,21 +87,16 @@ def load(
     if data not in get_args(DataName):
         raise ValueError(f"data must be one of {', '.join(get_args(DataName))}, got {data!r}")
     _check_source(data, data_dir, image_size)
-    if validation_samples is not None and calibration_samples:
-        raise ValueError(f"calibration_samples must be 0 with validation_samples, got {calibration_samples}")
-    left_out = validation_samples if validation_samples is not None else calibration_samples or None
     if data_dir is not None:
         whole = _from_files(data_dir, image_size)
     else:
         whole = {"digits": _digits, "cifar10": _downloaded_cifar10, "fake": _fake}[data]()
-    labels = whole.train.labels
-    train = Split(*whole.train[training_subset(labels, train_samples, left_out, seed)])
-    if left_out is None:
-        return replace(whole, train=train)
-    apart = Split(*whole.train[validation_subset(labels, train_samples, left_out, seed)])
-    if validation_samples is not None:
-        return replace(whole, train=train, test=apart)
-    return replace(whole, train=train, calibration=apart)
+    chosen = disjoint_subsets(
+        whole.train.labels, train_samples, calibration_samples, validation_samples, seed
+    )
+    train, calibration, validation = (None if each is None else Split(*whole.train[each]) for each in chosen)
+    assert train is not None
+    return replace(whole, train=train, calibration=calibration, test=validation or whole.test)
 
 
 def _check_source(data: DataName, data_dir: str | None, image_size: int | None) -> None:
@@ -118,28 +113,33 @@ def _check_source(data: DataName, data_dir: str | None, image_size: int | None) 
         )
 
 
-def training_subset(labels: Tensor, count: int | None, left_out: int | None, seed: int) -> Tensor:
-    """Choose the training images; see `load`.
+def disjoint_subsets(
+    labels: Tensor, train: int | None, calibration: int, validation: int | None, seed: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Choose images to train, calibrate and validate on; see `load`.
+
+    Returns:
+        Indices of each, in ascending order; None for those that are not wanted.
 
     Raises:
         ValueError: if a count is out of range.
     """
-    if left_out is None:
-        return balanced_subset(labels, count, seed)
-    most = max(0, len(labels) - (1 if count is None else count))
-    if not 1 <= left_out <= most:
-        raise ValueError(
-            f"calibration_samples or validation_samples must be in 1 to {most} (training images less "
-            f"train_samples), got {left_out}"
-        )
-    return balanced_subset(labels, len(labels) - left_out if count is None else count, seed)
-
-
-def validation_subset(labels: Tensor, train: int | None, count: int, seed: int) -> Tensor:
-    """Choose validation images among those that `training_subset` leaves; see `load`."""
-    train = len(labels) - count if train is None else train
-    both = balanced_subset(labels, train + count, seed)
-    return both[~torch.isin(both, balanced_subset(labels, train, seed))]
+    wanted = {"calibration_samples": calibration or None, "validation_samples": validation}
+    apart = {name: count for name, count in wanted.items() if count is not None}
+    free = len(labels) - sum(apart.values())
+    for name, count in apart.items():
+        most = max(0, free + count - (1 if train is None else train))
+        if not 1 <= count <= most:
+            raise ValueError(
+                f"{name} must be in 1 to {most} (training images less those for other use), got {count}"
+            )
+    count = free if train is None and apart else train
+    trained = taken = balanced_subset(labels, count, seed)
+    chosen = {}
+    for name, more in apart.items():
+        grown = balanced_subset(labels, len(taken) + more, seed)
+        chosen[name], taken = grown[~torch.isin(grown, taken)], grown
+    return trained, chosen.get("calibration_samples"), chosen.get("validation_samples")
 
 
 def balanced_subset(labels: Tensor, count: int | None, seed: int) -> Tensor:

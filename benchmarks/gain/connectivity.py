@@ -55,7 +55,7 @@ class Options:
 def main(options: Options) -> None:
     """Print a record for each case and seed, the cases in turn."""
     stage = load_stage(options.stage)
-    for seed in range(stage.tuning_seed, stage.tuning_seed + options.seeds):
+    for seed in range(stage.tuning_seeds[0], stage.tuning_seeds[0] + options.seeds):
         for settings in cases(options, stage, seed):
             with quiet():
                 found = line(settings, options.points)

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, Literal
 
 import yaml
 
@@ -45,35 +46,40 @@ class Stage:
     Args:
         base: the settings shared by all runs.
         methods: what is compared, the reference of paired differences first.
-        tuning_seed: of the tuning runs; none of the final ones.
+        tuning_seeds: of the tuning runs, each setting once with each; none of the final ones.
         validation_samples: how many training images, not trained on, tuning runs are scored on.
         rounds: (seeds, names of methods) of the final runs, in the order in which they are to be run.
         tuning_samples: training images of the tuning runs; as many as in the final ones by default.
         explores: whether the final runs too are scored on validation images: to look around, and to leave the
             test images to a later stage.
+        tuned_by: "nll", or "scaled nll" after a temperature fitted on images apart.
 
     Raises:
-        ValueError: if grids differ in length, a seed serves twice, or a name is unknown.
+        ValueError: if grids differ in length, a seed serves twice, a name is unknown, or there are no images
+            to fit a temperature on.
     """
 
     base: Settings
     methods: Sequence[Method]
-    tuning_seed: int
+    tuning_seeds: Sequence[int]
     validation_samples: int
     rounds: Sequence[tuple[Sequence[int], Sequence[str]]]
     tuning_samples: int | None = None
     explores: bool = False
+    tuned_by: Literal["nll", "scaled nll"] = "nll"
 
     def __post_init__(self) -> None:
         lengths = {len(method.grid) for method in self.methods if method.grid}
         if len(lengths) > 1:
             raise ValueError(f"methods must have grids of one length, got {sorted(lengths)}")
         final = [(seed, name) for seeds, names in self.rounds for seed in seeds for name in names]
-        if len(set(final)) < len(final) or self.tuning_seed in {seed for seed, _ in final}:
-            raise ValueError(f"rounds must name a method and seed once and leave out {self.tuning_seed}")
+        if len(set(final)) < len(final) or {*self.tuning_seeds} & {seed for seed, _ in final}:
+            raise ValueError(f"rounds must name a method and seed once and leave out {self.tuning_seeds}")
         named = {name for _, name in final} | {method.like for method in self.methods if method.like}
         if unknown := named - {method.name for method in self.methods}:
             raise ValueError(f"methods must have the names in rounds and like, got none for {unknown}")
+        if self.tuned_by == "scaled nll" and not self.base.calibration_samples:
+            raise ValueError("tuned_by 'scaled nll' needs calibration_samples above 0, got 0")
 
 
 def load_stage(name: str) -> Stage:
@@ -140,10 +146,11 @@ def key(listed: dict[str, Any]) -> str:
 
 
 def tuning_runs(stage: Stage) -> list[Run]:
-    """List the tuning runs, those of all methods in turn."""
+    """List the tuning runs: with one seed after the other those of all methods in turn."""
     most = max((len(method.grid) for method in stage.methods), default=0)
     return [
-        _tuning_run(stage, method, change)
+        _tuning_run(stage, method, change, seed)
+        for seed in stage.tuning_seeds
         for position in range(most)
         for method in stage.methods
         for change in method.grid[position : position + 1]
@@ -151,7 +158,7 @@ def tuning_runs(stage: Stage) -> list[Run]:
 
 
 def choose(stage: Stage, records: Iterable[Record]) -> dict[str, dict[str, Any]]:
-    """Choose the changes of each method whose tuning run had the lowest validation NLL.
+    """Choose the changes of each method whose tuning runs had the lowest mean NLL on validation images.
 
     Args:
         stage: the comparison.
@@ -163,19 +170,24 @@ def choose(stage: Stage, records: Iterable[Record]) -> dict[str, dict[str, Any]]
     Raises:
         ValueError: if a tuning run has no record.
     """
-    nll = {key(record["arguments"]): record["nll"] for record in records}
+    nll = {key(record["arguments"]): tuning_loss(stage, record) for record in records}
     if missing := [run.method for run in tuning_runs(stage) if run.key not in nll]:
         raise ValueError(f"records must hold all tuning runs, got none for {len(missing)} of {set(missing)}")
 
     def loss(method: Method, change: dict[str, Any]) -> float:
-        found = nll[_tuning_run(stage, method, change).key]
-        return float("inf") if found is None else found
+        return fmean(nll[_tuning_run(stage, method, change, seed).key] for seed in stage.tuning_seeds)
 
     chosen = {
         method.name: min(method.grid, key=lambda change, method=method: loss(method, change), default={})
         for method in stage.methods
     }
     return {method.name: chosen[method.like or method.name] for method in stage.methods}
+
+
+def tuning_loss(stage: Stage, record: Record) -> float:
+    """What a tuning run is judged by; infinite where it diverged."""
+    found = record.get("scaled", {"nll": None}) if stage.tuned_by == "scaled nll" else record
+    return float("inf") if found["nll"] is None else found["nll"]
 
 
 def final_runs(stage: Stage, records: Iterable[Record]) -> list[Run]:
@@ -190,13 +202,14 @@ def final_runs(stage: Stage, records: Iterable[Record]) -> list[Run]:
     ]
 
 
-def _tuning_run(stage: Stage, method: Method, change: dict[str, Any]) -> Run:
+def _tuning_run(stage: Stage, method: Method, change: dict[str, Any], seed: int) -> Run:
     samples = stage.base.train_samples if stage.tuning_samples is None else stage.tuning_samples
-    apart = {**aside(stage), "train_samples": samples, "seed": stage.tuning_seed}
+    apart = {**aside(stage), "train_samples": samples, "seed": seed}
     changes = {**method.fixed, **change, **apart}
     return Run(method.name, replace(stage.base, **changes), "tuning")
 
 
 def aside(stage: Stage) -> dict[str, Any]:
     """List the settings that leave the test images alone."""
-    return {"validation_samples": stage.validation_samples, "corrupted_samples": 0, "calibration_samples": 0}
+    apart = {"validation_samples": stage.validation_samples, "corrupted_samples": 0, "old_averages": False}
+    return apart if stage.tuned_by == "scaled nll" else {**apart, "calibration_samples": 0}

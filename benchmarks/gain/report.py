@@ -14,10 +14,21 @@ from jsonargparse import auto_cli
 from scipy import stats
 
 from benchmarks.gain.compare import read_records
-from benchmarks.gain.protocol import Record, Stage, choose, final_runs, key, load_stage, tuning_runs
+from benchmarks.gain.protocol import (
+    Record,
+    Stage,
+    choose,
+    final_runs,
+    key,
+    load_stage,
+    tuning_loss,
+    tuning_runs,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_LOSS = {"nll": "NLL", "scaled nll": "scaled NLL"}
 
 
 @dataclass(frozen=True)
@@ -56,18 +67,29 @@ def with_seeds_below(most: int, stage: Stage) -> Stage:
 
 
 def tables(stage: Stage, records: Sequence[Record], against: str | None = None) -> list[str]:
-    """Write the tables in Markdown: tuning, where there was any, means over seeds, and paired differences."""
+    """Write the tables in Markdown: tuning, means over seeds, paired differences, and what averages change.
+
+    Those of which a stage has nothing are left out.
+    """
     runs = collect(stage, records)
     found = [tuning(stage, records), means(runs), differences(runs, compared(stage, against))]
+    found.append(of_averages(runs, collect(stage, records, "old_averages")))
     return [table.to_markdown(index=False, disable_numparse=True) for table in found if len(table)]
 
 
-def collect(stage: Stage, records: Sequence[Record]) -> pd.DataFrame:
-    """List the stage's final runs, as far as they have finished: method, seed and scores."""
-    found = {key(record["arguments"]): record for record in records}
-    runs = [run for run in final_runs(stage, records) if run.key in found]
+def collect(stage: Stage, records: Sequence[Record], part: str | None = None) -> pd.DataFrame:
+    """List the stage's final runs, as far as they have finished: method, seed and scores.
+
+    Args:
+        stage: the comparison.
+        records: of finished runs.
+        part: of a record that holds the scores, where they are not the first ones.
+    """
+    found = {key(record["arguments"]): record if part is None else record.get(part) for record in records}
+    runs = [(run, scored) for run in final_runs(stage, records) if (scored := found.get(run.key))]
     frame = pd.DataFrame(
-        [{"method": run.method, "seed": run.settings.seed, **scores(found[run.key])} for run in runs]
+        [{"method": run.method, "seed": run.settings.seed, **scores(scored)} for run, scored in runs],
+        columns=None if runs else ["method", "seed"],
     )
     frame["method"] = pd.Categorical(frame["method"], [method.name for method in stage.methods])
     return frame
@@ -76,7 +98,7 @@ def collect(stage: Stage, records: Sequence[Record]) -> pd.DataFrame:
 def scores(record: Record) -> dict[str, float]:
     """List the scores of a run; corrupted ones are plain means over corruptions and severities."""
     found = _named("", record)
-    if record["corrupted"]:
+    if record.get("corrupted"):
         each = list(record["corrupted"].values())
         found |= _named("corrupted ", {name: _mean(part[name] for part in each) for name in each[0]})
     if scaled := record.get("scaled"):
@@ -100,18 +122,20 @@ def _finite(score: float | None) -> float:
 
 
 def tuning(stage: Stage, records: Sequence[Record]) -> pd.DataFrame:
-    """List the tuning runs, the chosen ones marked."""
+    """List the settings tried, averaged over tuning seeds, the chosen ones marked."""
     found, chosen = {key(record["arguments"]): record for record in records}, choose(stage, records)
     grid = {method.name: iter(method.grid) for method in stage.methods}
+    seeds, once = stage.tuning_seeds, replace(stage, tuning_seeds=stage.tuning_seeds[:1])
     rows = []
-    for run in sorted(tuning_runs(stage), key=lambda run: list(grid).index(run.method)):
-        change, record = next(grid[run.method]), found[run.key]
+    for run in sorted(tuning_runs(once), key=lambda run: list(grid).index(run.method)):
+        change = next(grid[run.method])
+        each = [found[replace(run, settings=replace(run.settings, seed=seed)).key] for seed in seeds]
         rows.append(
             {
                 "method": run.method,
                 "setting": ", ".join(f"{name}={value}" for name, value in change.items()),
-                "validation accuracy %": f"{100 * record['accuracy']:.2f}",
-                "validation NLL": f"{_finite(record['nll']):.3f}",
+                "validation accuracy %": f"{100 * fmean(record['accuracy'] for record in each):.2f}",
+                f"validation {_LOSS[stage.tuned_by]}": f"{fmean(tuning_loss(stage, r) for r in each):.3f}",
                 "chosen": "yes" if change == chosen[run.method] else "",
             }
         )
@@ -138,6 +162,18 @@ def differences(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.Data
         if len(difference):
             spelled = difference.apply(spell, sign="+")
             rows.append({"difference": f"{method} less {less}", "pairs": str(len(difference)), **spelled})
+    return pd.DataFrame(rows)
+
+
+def of_averages(runs: pd.DataFrame, old: pd.DataFrame) -> pd.DataFrame:
+    """Average what clean running averages change, each training scored with both."""
+    rows = []
+    for method, part in runs.groupby("method", observed=True):
+        other = old[old["method"] == method].set_index("seed").drop(columns="method")
+        change = part.set_index("seed")[other.columns].sub(other).dropna(how="all")
+        if len(change):
+            spelled = change.apply(spell, sign="+")
+            rows.append({"clean less old averages": method, "pairs": str(len(change)), **spelled})
     return pd.DataFrame(rows)
 
 

@@ -16,6 +16,7 @@ from benchmarks.common.data import ImageDataModule, ValidatedDataModule, load
 from benchmarks.common.models import build_model, trained_moments
 from benchmarks.common.record import provenance, quiet, write_line
 from benchmarks.gain.methods import build_callback
+from benchmarks.gain.old_averages import OldAverages
 from benchmarks.gain.scoring import score
 from benchmarks.gain.settings import Settings, arguments
 from lightning_dropcluster import DropCluster, RBlock
@@ -76,8 +77,9 @@ def run(settings: Settings) -> dict[str, Any]:
         settings: everything that the run depends on.
 
     Returns:
-        The record: what `score` returns, the split that it is of, seconds, recluster_seconds, versions,
-        commit, device and arguments. Of paths only the last part is kept.
+        The record: what `score` returns, under old_averages on request once more; the split that it is of,
+        seconds, recluster_seconds, versions, commit, device and arguments. Of paths only the last part is
+        kept.
 
     Raises:
         FileNotFoundError: if there are no images in `data_dir`.
@@ -88,9 +90,13 @@ def run(settings: Settings) -> dict[str, Any]:
         batches = build_batches(settings)
         classifier = build_classifier(settings, len(batches.data.classes))
         callback = build_callback(settings, classifier.model)
-        trainer = build_trainer(settings, callback)
+        averages = OldAverages() if settings.old_averages else None
+        trainer = build_trainer(settings, callback, averages)
         seconds = timed_fit(trainer, classifier, batches)
         scores = score(trainer, classifier, batches, settings.corrupted_samples)
+        if averages is not None:
+            with averages.in_use():
+                scores["old_averages"] = score(trainer, classifier, batches)
     if settings.plot and isinstance(callback, DropCluster):
         save_plot(callback, settings)
     return {

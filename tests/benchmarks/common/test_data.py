@@ -13,10 +13,9 @@ from benchmarks.common.data import (
     ImageDataModule,
     balanced_subset,
     channel_moments,
+    disjoint_subsets,
     jitter,
     load,
-    training_subset,
-    validation_subset,
 )
 
 
@@ -65,28 +64,38 @@ def test_another_seed_chooses_other_samples():
     assert not torch.equal(balanced_subset(labels, 30, 0), balanced_subset(labels, 30, 1))
 
 
-@given(st.integers(0, 9), st.integers(1, 49), st.integers(1, 50))
-def test_validation_images_are_balanced_and_not_trained_on(seed, train, count):
+@given(st.integers(0, 9), st.integers(1, 40), st.integers(0, 20), st.integers(1, 40))
+def test_subsets_are_balanced_and_disjoint(seed, train, calibration, validation):
     labels = torch.arange(100) % 4
-    trained = training_subset(labels, train, count, seed)
-    validated = validation_subset(labels, train, count, seed)
-    assert torch.equal(trained, balanced_subset(labels, train, seed))
-    assert len(validated) == count
-    assert not set(trained.tolist()) & set(validated.tolist())
-    taken = labels[torch.cat([trained, validated])].bincount(minlength=4)
+    chosen = disjoint_subsets(labels, train, calibration, validation, seed)
+    assert torch.equal(chosen[0], balanced_subset(labels, train, seed))
+    assert [0 if part is None else len(part) for part in chosen] == [train, calibration, validation]
+    together = torch.cat([part for part in chosen if part is not None])
+    assert len(together.unique()) == len(together)
+    taken = labels[together].bincount(minlength=4)
     assert taken.max() - taken.min() <= 1
+    if calibration:
+        assert torch.equal(chosen[1], disjoint_subsets(labels, train, calibration, None, seed)[1])
 
 
-def test_all_but_the_validation_images_are_trained_on():
-    labels = torch.arange(20) % 2
-    both = [training_subset(labels, None, 6, 0), validation_subset(labels, None, 6, 0)]
-    assert torch.cat(both).sort().values.tolist() == list(range(20))
+def test_all_but_the_images_apart_are_trained_on():
+    chosen = disjoint_subsets(torch.arange(20) % 2, None, 4, 6, 0)
+    assert torch.cat(chosen).sort().values.tolist() == list(range(20))
 
 
-@pytest.mark.parametrize(("train", "count", "most"), [(70, 11, 10), (70, 0, 10), (None, 80, 79), (90, 1, 0)])
-def test_validation_needs_images_that_are_left(train, count, most):
-    with pytest.raises(ValueError, match=rf"validation_samples must be in 1 to {most} .*, got {count}"):
-        load("fake", train_samples=train, validation_samples=count)
+@pytest.mark.parametrize(
+    ("name", "train", "count", "most"),
+    [
+        ("validation_samples", 70, 11, 10),
+        ("validation_samples", 70, 0, 10),
+        ("validation_samples", None, 80, 79),
+        ("calibration_samples", 70, 11, 10),
+        ("calibration_samples", 90, 1, 0),
+    ],
+)
+def test_images_apart_must_be_left(name, train, count, most):
+    with pytest.raises(ValueError, match=rf"{name} must be in 1 to {most} .*, got {count}"):
+        load("fake", train_samples=train, **{name: count})
 
 
 def test_digits_are_split_alike_for_all_seeds():

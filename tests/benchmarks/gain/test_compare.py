@@ -40,7 +40,7 @@ METHODS = (
 STAGE = Stage(
     base=BASE,
     methods=METHODS,
-    tuning_seed=9,
+    tuning_seeds=(9,),
     validation_samples=20,
     rounds=(((0, 1), ("dropped", "control")), ((0,), ("none",))),
 )
@@ -137,7 +137,7 @@ def test_a_record_outlives_a_new_setting():
             {"methods": (*METHODS, Method("x", {}, ({},)))},
             r"methods must have grids of one length, got \[1, 2\]",
         ),
-        ({"tuning_seed": 1}, r"rounds must name a method and seed once and leave out 1"),
+        ({"tuning_seeds": (1,)}, r"rounds must name a method and seed once and leave out \(1,\)"),
         ({"rounds": (((0, 0), ("none",)),)}, r"rounds must name a method and seed once"),
         ({"rounds": (((0,), ("nothing",)),)}, r"methods must have the names .* none for \{'nothing'\}"),
     ],
@@ -169,7 +169,7 @@ def test_stages_extend_one_another(tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(child))
     stage, parent = load_stage(str(tmp_path / "mine.yaml")), load_stage("blocks-1000")
     assert stage.base == replace(parent.base, train_samples=7)
-    assert stage.tuning_seed == parent.tuning_seed
+    assert stage.tuning_seeds == parent.tuning_seeds
     assert [m.fixed for m in stage.methods] == [{}, {"layers": "x", "regularizer": "dropout"}]
 
 
@@ -188,7 +188,7 @@ def test_changed_settings_are_read_back():
 def small(tmp_path):
     """A stage in a file of its own, with a single setting to choose from."""
     dropped = {"regularizer": "dropout", "grid": [{"drop_prob": 0.1}]}
-    stage = {"base": changes(BASE), "methods": {"dropped": dropped}, "tuning_seed": 9}
+    stage = {"base": changes(BASE), "methods": {"dropped": dropped}, "tuning_seeds": [9]}
     stage |= {"validation_samples": 20, "rounds": [{"seeds": [0, 1], "methods": ["dropped"]}]}
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(stage))
@@ -312,3 +312,38 @@ def test_scores_that_a_run_lacks_are_left_blank():
     assert ["1.50", "1.000", "10.00"] in [row[-3:] for row in rows]
     assert any(row[0] == "dropped" and row[-3:] == ["-", "-", "-"] for row in rows)
     draw(collect(STAGE, records))
+
+
+def test_tuning_averages_seeds_and_may_go_by_scaled_nll():
+    base = replace(BASE, calibration_samples=5)
+    stage = replace(STAGE, base=base, tuning_seeds=(8, 9), tuned_by="scaled nll")
+    runs = tuning_runs(stage)
+    assert [(run.settings.seed, run.settings.drop_prob) for run in runs] == [
+        (8, 0.1),
+        (8, 0.5),
+        (9, 0.1),
+        (9, 0.5),
+    ]
+    assert {run.settings.calibration_samples for run in runs} == {5}
+    scaled = [1.0, 2.0, 3.0, 1.5]
+    records = [
+        fake_record(run, nll=9 - nll) | {"scaled": {"nll": nll}}
+        for run, nll in zip(runs, scaled, strict=True)
+    ]
+    assert choose(stage, records)["dropped"] == {"drop_prob": 0.5}
+    assert ["dropped", "drop_prob=0.5", "50.00", "1.750", "yes"] in cells(stage, records)
+    with pytest.raises(ValueError, match="tuned_by 'scaled nll' needs calibration_samples above 0, got 0"):
+        replace(STAGE, tuned_by="scaled nll")
+
+
+def test_reports_state_what_clean_averages_change():
+    runs = final_runs(STAGE, TUNED)
+    records = [
+        fake_record(run, 0.7) | {"old_averages": fake_record(run, old) | {"corrupted": {}}}
+        for run, old in zip(runs, (0.6, 0.7, 0.5, 0.7, 0.7), strict=True)
+    ]
+    rows = cells(STAGE, [*TUNED, *records])
+    found = [row[:3] for row in rows[[row[0] for row in rows].index("clean less old averages") + 2 :]]
+    assert found[0][:2] == ["dropped", "2"]
+    assert found[0][2].startswith("+15.00 ±")
+    assert found[1:] == [["control", "2", "+0.00 ± 0.00"], ["none", "1", "+0.00"]]

@@ -129,8 +129,13 @@ def test_a_fitted_temperature_leaves_accuracy_as_it_is():
     record = run(replace(TINY, train_samples=20, calibration_samples=20))
     assert record["scaled"]["accuracy"] == record["accuracy"]
     assert record["scaled"]["temperature"] != 1
-    with pytest.raises(ValueError, match="calibration_samples must be 0 with validation_samples, got 5"):
-        run(replace(TINY, train_samples=20, calibration_samples=5, validation_samples=5))
+
+
+def test_old_averages_are_those_of_plain_training():
+    dropping = replace(DROP, drop_prob=0.5, old_averages=True, train_samples=40, epochs=2)
+    plain, clean = (run(replace(dropping, clean_statistics=on)) for on in (False, True))
+    assert scores(plain) == scores(plain["old_averages"])
+    assert scores(clean) != scores(clean["old_averages"])
 
 
 @given(st.floats(0.1, 10), st.integers(0, 99))
