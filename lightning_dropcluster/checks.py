@@ -27,22 +27,7 @@ def check_number(
     integer: bool = False,
     high_open: bool = False,
 ) -> float:
-    """Check that a value is a number in a range.
-
-    Args:
-        name: of the argument.
-        value: what was given.
-        low: smallest value allowed.
-        high: largest value allowed.
-        integer: whether it must be an integer.
-        high_open: whether ``high`` itself is not allowed.
-
-    Returns:
-        The value as Python's own int or float, whatever library's it was.
-
-    Raises:
-        TypeError: where the value is no number of the kind wanted.
-        ValueError: where it is NaN or out of the range.
+    """Check that a value is a number in a range, and return it as Python's own.
 
     Example:
         >>> check_number("drop_prob", 1.0, 0, 1, high_open=True)
@@ -65,27 +50,13 @@ def check_number(
 
 
 def check_integers(name: str, value: Any) -> None:
-    """Check that a value is a tensor of integers, of a type that torch can compare and index by.
-
-    Args:
-        name: of the argument.
-        value: what was given.
-
-    Raises:
-        TypeError: where it is none.
-    """
+    """Check that a value is a tensor of integers, of a type that torch can compare and index by."""
     if not isinstance(value, Tensor) or value.dtype not in _INTEGERS:
         raise TypeError(f"{name}: must be an integer tensor, not {describe(value)}")
 
 
 def describe(value: Any) -> str:
     """Tell in an error what was given.
-
-    Args:
-        value: anything.
-
-    Returns:
-        The type of a tensor, the beginning of what `repr` makes of anything else.
 
     Example:
         >>> describe(torch.zeros(3))
@@ -95,31 +66,13 @@ def describe(value: Any) -> str:
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Check that a value is one of the names allowed.
-
-    Args:
-        name: of the argument.
-        value: what was given.
-        choices: what may be given.
-
-    Raises:
-        ValueError: where it is none of them.
-    """
+    """Check that a value is one of the names allowed."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}")
 
 
 def check_text(name: str, value: Any) -> None:
-    """Check that a value is a string with something in it.
-
-    Args:
-        name: of the argument.
-        value: what was given.
-
-    Raises:
-        TypeError: where it is no string.
-        ValueError: where it is empty.
-    """
+    """Check that a value is a string with something in it."""
     if not isinstance(value, str):
         raise TypeError(f"{name}={describe(value)}: must be a string, not {type(value).__name__}")
     if not value:
@@ -127,31 +80,13 @@ def check_text(name: str, value: Any) -> None:
 
 
 def check_bool(name: str, value: Any) -> None:
-    """Check that a value is True or False.
-
-    Args:
-        name: of the argument.
-        value: what was given.
-
-    Raises:
-        TypeError: where it is neither.
-    """
+    """Check that a value is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}={value!r}: must be True or False, not {type(value).__name__}")
 
 
 def check_not_both(first: str, first_value: Any, second: str, second_value: Any) -> None:
-    """Check that of two arguments at most one is given.
-
-    Args:
-        first: name of the one.
-        first_value: its value, ``None`` where it is not given.
-        second: name of the other.
-        second_value: its value.
-
-    Raises:
-        ValueError: where both are given.
-    """
+    """Check that of two arguments at most one is given."""
     if first_value is not None and second_value is not None:
         raise ValueError(
             f"{first}={first_value!r} and {second}={second_value!r}: give one of the two, not both"

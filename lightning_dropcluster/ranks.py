@@ -1,4 +1,7 @@
-"""Ranks: the few collectives that reclustering needs, each the identity without a process group; warnings."""
+"""Ranks: the few collectives that reclustering needs, each the identity without a process group; warnings.
+
+Every rank must call a collective, with a tensor of the same shape and type.
+"""
 
 import warnings
 
@@ -23,81 +26,37 @@ def draw_shift() -> float:
 
 
 def warn(message: str, source: str = "DropCluster") -> None:
-    """Warn on the first rank alone, since all ranks would say the same.
-
-    Args:
-        message: what is to be said.
-        source: the callback that says it.
-    """
+    """Warn on the first rank alone, since all ranks would say the same."""
     if rank() == 0:
         warnings.warn(f"{source}: {message}", stacklevel=3)
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """Add up a tensor over all ranks, in place.
-
-    Args:
-        value: of the same shape and type on every rank, on the process group's device.
-
-    Returns:
-        ``value`` itself, now equal on every rank.
-    """
+    """Add up a tensor over all ranks, in place."""
     if _is_distributed():
         dist.all_reduce(value)
     return value
 
 
 def average_over_ranks(value: Tensor) -> Tensor:
-    """Average a floating-point tensor over all ranks, in place.
-
-    Args:
-        value: of the same shape and type on every rank, on the process group's device.
-
-    Returns:
-        ``value`` itself, now equal on every rank.
-    """
+    """Average a floating-point tensor over all ranks, in place."""
     return sum_over_ranks(value).div_(world_size()) if _is_distributed() else value
 
 
 def from_rank(value: Tensor, source: int) -> Tensor:
-    """Overwrite a tensor with another rank's.
-
-    Args:
-        value: of the same shape and type on every rank.
-        source: whose value counts.
-
-    Returns:
-        ``value`` itself, now equal on every rank.
-    """
+    """Overwrite a tensor with another rank's."""
     if _is_distributed():
         dist.broadcast(value, source)
     return value
 
 
 def any_rank(value: bool, device: torch.device) -> bool:
-    """Whether something holds on at least one rank; every rank must ask.
-
-    Args:
-        value: whether it holds here.
-        device: where the process group's tensors live.
-
-    Returns:
-        The same on every rank.
-    """
+    """Whether something holds on at least one rank; every rank must ask."""
     return bool(sum_over_ranks(torch.tensor(int(value), device=device)))
 
 
 def raise_together(error: BaseException | None, device: torch.device) -> None:
-    """Raise on every rank where any rank failed, so that none waits for the others for ever.
-
-    Args:
-        error: what happened here, ``None`` where all went well.
-        device: where the process group's tensors live.
-
-    Raises:
-        BaseException: ``error`` itself where there is one.
-        RuntimeError: where another rank failed.
-    """
+    """Raise on every rank where any rank failed, so that none waits for the others for ever."""
     failed = torch.zeros(world_size(), device=device)
     failed[rank()] = float(error is not None)
     culprits = sum_over_ranks(failed).nonzero().flatten().tolist()

@@ -24,9 +24,6 @@ class AutoDropProb:
     first step, is the loss of a network that knows nothing. As a share of the validation loss, the gap would
     call a fine-tuned network overfitted as soon as its training loss nears zero. Where losses fall below
     zero, the share is of the way that they have come.
-
-    Args:
-        max_drop_prob: bound of drop_prob.
     """
 
     def __init__(self, max_drop_prob: float) -> None:
@@ -50,11 +47,7 @@ class AutoDropProb:
         self._sum, self._count = self._sum + loss, self._count + 1
 
     def compare(self, validation_loss: float | None, device: torch.device) -> bool:
-        """Set drop_prob after a validation, alike on all ranks; every rank must call this.
-
-        Returns:
-            Whether any rank has a validation loss.
-        """
+        """Set drop_prob after a validation, and tell if any rank has a loss; all ranks must call this."""
         first = 0.0 if self._first is None else float(self._first)
         known = [first, float(self._sum), self._count, validation_loss or 0.0, validation_loss is not None]
         totals = ranks.sum_over_ranks(torch.tensor(known, dtype=torch.float32, device=device)).tolist()

@@ -54,19 +54,6 @@ class LayerCallback(_Base):
 
     Subclasses say what happens in `_attach`, `_begin_step`, `_state`, `_read_state` and `_load`, and extend
     `_reset`; this class says when.
-
-    Args:
-        layers: which layers, see `select_layers`.
-        layer_types: the module types that patterns may pick, see `select_layers`.
-        schedule: from the trainer's counters to the part of drop_prob in use.
-        drop_prob: at the end of the schedule; ``"auto"`` follows ``monitor``; ``None`` where the layers know.
-        monitor: the validation loss that ``"auto"`` looks at.
-        max_drop_prob: the most that ``"auto"`` drops.
-        clean_statistics: whether running averages are to be those of steps that drop nothing.
-
-    Raises:
-        TypeError: where an argument has a wrong type.
-        ValueError: where an argument is out of its range.
     """
 
     log_name: ClassVar[str]
@@ -241,11 +228,7 @@ class LayerCallback(_Base):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the schedule, and what training has made so far.
-
-        Returns:
-            Tensors and plain scalars, which load with ``weights_only=True``.
-        """
+        """Return the position in the schedule and what training has made, as tensors and plain scalars."""
         if self._loaded is not None and not self._hooked:
             return self._loaded
         return {
@@ -255,15 +238,7 @@ class LayerCallback(_Base):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state; where the layers are not hooked yet, as soon as they are.
-
-        Args:
-            state_dict: what `state_dict` returned.
-
-        Raises:
-            TypeError: where an entry has a wrong type.
-            ValueError: where an entry is missing or out of its range.
-        """
+        """Take over a state; where the layers are not hooked yet, as soon as they are."""
         self._read_state(state_dict)
         check_clean_steps(state_dict)
         self._loaded, self._was_loaded = state_dict, True
@@ -306,13 +281,7 @@ class LayerCallback(_Base):
         raise NotImplementedError
 
     def _begin_step(self, fraction: float, is_due: bool, is_clean: bool) -> float:
-        """Prepare for a step, and return the drop probability that it would use if it were not clean.
-
-        Args:
-            fraction: of drop_prob, in [0, 1].
-            is_due: whether a due moment of the schedule, the first at the start, has just come.
-            is_clean: whether the step is to drop nothing.
-        """
+        """Prepare for a step, and return the drop probability that it would use if it were not clean."""
         raise NotImplementedError
 
     def _state(self) -> dict[str, Any]:

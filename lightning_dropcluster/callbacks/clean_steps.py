@@ -16,12 +16,7 @@ if TYPE_CHECKING:
 
 
 class CleanSteps:
-    """Says which steps are clean, and sees to what they are for.
-
-    Args:
-        keeps_statistics: whether running averages are to follow clean steps alone.
-        auto: what the loss of clean steps is for, ``None`` where nothing is.
-    """
+    """Says which steps are clean, and sees to what they are for."""
 
     def __init__(self, keeps_statistics: bool, auto: AutoDropProb | None) -> None:
         self.keeps_statistics, self.auto = keeps_statistics, auto

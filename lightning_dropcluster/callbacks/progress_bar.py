@@ -16,11 +16,6 @@ class WaitingLine:
     A context manager to be entered for each reclustering; it yields the function that reclustering is to
     call. How long it takes is judged by what is done, and before anything is by the last time. The line is
     drawn by a thread of its own, since one layer alone may take long, and it leaves the bar as it was.
-
-    Args:
-        bar: the trainer's progress bar, of rich or tqdm; ``None`` and others show nothing.
-        delay: seconds until the line is shown.
-        pause: seconds between updates.
     """
 
     def __init__(self, bar: Any, delay: float = 1.0, pause: float = 0.5) -> None:

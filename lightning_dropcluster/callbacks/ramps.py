@@ -10,12 +10,6 @@ Ramp = Callable[[float], float]
 def linear(fraction: float) -> float:
     """Rise from 0 to 1 in a straight line: the paper's ramp.
 
-    Args:
-        fraction: in [0, 1].
-
-    Returns:
-        The fraction itself.
-
     Example:
         >>> linear(0.25)
         0.25
@@ -26,12 +20,6 @@ def linear(fraction: float) -> float:
 def cosine(fraction: float) -> float:
     """Rise from 0 to 1 by half a cosine wave, flat at both ends.
 
-    Args:
-        fraction: in [0, 1].
-
-    Returns:
-        (1 - cos(pi * fraction)) / 2.
-
     Example:
         >>> round(cosine(0.5), 6)
         0.5
@@ -41,12 +29,6 @@ def cosine(fraction: float) -> float:
 
 def constant(fraction: float) -> float:
     """Be 1 from the first step on.
-
-    Args:
-        fraction: in [0, 1].
-
-    Returns:
-        1.
 
     Example:
         >>> constant(0.0)
@@ -64,18 +46,7 @@ def default_ramp(drop_prob: object) -> str:
 
 
 def make_ramp(schedule: str | Ramp) -> Ramp:
-    """Return the function of a name, or check the function given.
-
-    Args:
-        schedule: a name of `RAMPS`, or a callable fraction -> fraction, both in [0, 1].
-
-    Returns:
-        The function.
-
-    Raises:
-        TypeError: where ``schedule`` is neither a string nor a callable.
-        ValueError: where the name is unknown, or the callable fails or leaves [0, 1], at any hundredth.
-    """
+    """Return the function of a name, or check the function given."""
     if isinstance(schedule, str):
         if schedule not in RAMPS:
             raise ValueError(f"schedule={schedule!r}: must be a callable or one of {', '.join(RAMPS)}")
@@ -97,13 +68,6 @@ def make_ramp(schedule: str | Ramp) -> Ramp:
 def stretched(ramp: Ramp, start: float) -> Ramp:
     """Stretch a ramp over the rest of training.
 
-    Args:
-        ramp: fraction of the ramp to fraction of drop_prob.
-        start: the fraction of training at which the ramp begins, in [0, 1]; before it the value is 0.
-
-    Returns:
-        A closure from the fraction of training to the fraction of drop_prob, both in [0, 1].
-
     Example:
         >>> [stretched(linear, 0.5)(fraction) for fraction in (0.25, 0.5, 0.75, 1.0)]
         [0.0, 0.0, 0.5, 1.0]
@@ -121,14 +85,6 @@ def stretched(ramp: Ramp, start: float) -> Ramp:
 
 def intervals_passed(position: int, origin: int, every: int) -> int:
     """Count the due moments up to now: ``origin`` is the first, then one every ``every``.
-
-    Args:
-        position: the epoch or step now.
-        origin: the epoch or step of the first due moment.
-        every: epochs or steps between due moments; 0 for the first one only.
-
-    Returns:
-        0 before ``origin``, then 1, 2, ...
 
     Example:
         >>> [intervals_passed(step, 2, 3) for step in range(9)]

@@ -12,17 +12,7 @@ from lightning_dropcluster.checks import check_not_both, check_number
 
 @dataclass(frozen=True)
 class TrainingPosition:
-    """A moment of training in Lightning's counters.
-
-    Args:
-        epoch: the current epoch.
-        step: optimiser steps so far.
-        batch: index of the batch in the epoch.
-        batches_per_epoch: may be infinite.
-        max_epochs: -1 for no limit.
-        max_steps: -1 for no limit.
-        batches_per_step: batches whose gradients are added up for a step.
-    """
+    """A moment of training in Lightning's counters; a limit of -1 is none."""
 
     epoch: int
     step: int
@@ -61,17 +51,7 @@ class Schedule:
     """When dropping starts, how far the ramp is, and when to recluster.
 
     Due moments lie on a grid: the start, then every interval. The position is kept in whole epochs or steps,
-    so that a resumed run goes on where it was.
-
-    Args:
-        start: a float in [0, 1) is a fraction of training, an integer an epoch.
-        ramp: fraction of the ramp to fraction of drop_prob.
-        every_n_epochs: epochs between due moments; 0 for the start only.
-        every_n_train_steps: optimiser steps between due moments, instead; 5 epochs where both are ``None``.
-
-    Raises:
-        TypeError: where ``start`` is no number.
-        ValueError: where ``start`` is out of its range.
+    so that a resumed run goes on where it was. ``start`` is a fraction of training as a float, else an epoch.
     """
 
     def __init__(
@@ -103,25 +83,13 @@ class Schedule:
         return (isinstance(self.start, float) and self.start > 0) or self._is_ramp()
 
     def reset(self, has_labels: bool = False) -> None:
-        """Go back to before the start.
-
-        Args:
-            has_labels: whether there are labels already, so that the first due moment is skipped.
-        """
+        """Go back to before the start; where there are labels, the first due moment will be skipped."""
         self._origin: int | None = None
         self._began: tuple[int, int, int] | None = None  # epoch, step and batch of the start
         self._passed = int(has_labels)
 
     def check(self, max_epochs: int | None, max_steps: int) -> None:
-        """Check the settings against the length of training, and note whether the start lies beyond it.
-
-        Args:
-            max_epochs: the trainer's; ``None`` or -1 for no limit.
-            max_steps: the trainer's; -1 for no limit.
-
-        Raises:
-            ValueError: where a fraction of training without an end is asked for.
-        """
+        """Check the settings against the length of training, and note whether the start lies beyond it."""
         endless = max_epochs in (None, -1) and max_steps == -1
         if endless and isinstance(self.start, float):
             raise ValueError(
@@ -138,14 +106,7 @@ class Schedule:
         )
 
     def advance(self, now: TrainingPosition) -> tuple[float, bool]:
-        """Note the position before a batch.
-
-        Args:
-            now: where training is.
-
-        Returns:
-            The part of drop_prob to use, in [0, 1], and whether reclustering has just become due.
-        """
+        """Note the position before a batch; return the part of drop_prob in use, and whether to recluster."""
         if self._began is not None and self._began > (now.epoch, now.step, now.batch):
             self.reset(has_labels=True)  # of another training, whose state was loaded by hand
         if self._began is None:
@@ -160,11 +121,7 @@ class Schedule:
         return stretched(self.ramp, self._start_of_ramp(now))(fraction), is_due
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position as plain scalars.
-
-        Returns:
-            What `load_state_dict` takes.
-        """
+        """Return the position as plain scalars."""
         return {
             "origin": self._origin,
             "passed": self._passed,
@@ -174,11 +131,7 @@ class Schedule:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a position; with another interval than before, count from here and recluster at once.
-
-        Args:
-            state: what `state_dict` returned.
-        """
+        """Go on from a position; with another interval than before, count from here and recluster at once."""
         self._began = None if state["began"] is None else tuple(state["began"])
         self._origin, self._passed = None, 0
         if (state["every"], state["counts_steps"]) == (self.every, self.counts_steps):

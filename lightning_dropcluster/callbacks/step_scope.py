@@ -28,12 +28,7 @@ class StepScope:
         self._wrapped: list[tuple[Any, str]] = []
 
     def open(self, strategy: Any, hooks: Mapping[str, LayerHook]) -> None:
-        """Begin a batch.
-
-        Args:
-            strategy: the Trainer's.
-            hooks: what is to act in the training step.
-        """
+        """Begin a batch."""
         self.close()
         self._hooks = hooks
         suspend(hooks)
@@ -57,14 +52,7 @@ class StepScope:
         self._hooks = {}
 
     def set_suspended(self, suspended: bool) -> bool:
-        """Switch the hooks.
-
-        Args:
-            suspended: how they are to be.
-
-        Returns:
-            How they were.
-        """
+        """Switch the hooks, and return how they were."""
         before = all(hook.suspended for hook in self._hooks.values())
         for hook in self._hooks.values():
             hook.suspended = suspended
@@ -89,10 +77,6 @@ class _Part:
 
 
 def suspend(hooks: Mapping[str, LayerHook]) -> None:
-    """Have hooks do nothing until the next training step.
-
-    Args:
-        hooks: name to hook.
-    """
+    """Have hooks do nothing until the next training step."""
     for hook in hooks.values():
         hook.suspended = True

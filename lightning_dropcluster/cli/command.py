@@ -22,14 +22,7 @@ _MISSING = "{error}: this command needs more packages: pip install '.[cli]' in t
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line.
-
-    Args:
-        args: what stands after the command; ``sys.argv`` where it is ``None``.
-
-    Raises:
-        SystemExit: with a message, where an argument is wrong or a package is missing.
-    """
+    """Run the command line."""
     try:
         import rich  # noqa: F401
         from jsonargparse import ArgumentParser

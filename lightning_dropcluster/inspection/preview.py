@@ -48,11 +48,7 @@ class LayerPreview:
         return prod(self.shape) if self.shape else 0
 
     def cells(self) -> tuple[str, ...]:
-        """Write the layer as a table row.
-
-        Returns:
-            One text for each of `HEADINGS`.
-        """
+        """Write the layer as a table row."""
         if self.shape is None:
             given = {"": "does not run in eval mode", "Tensor": "gives a tensor without channels"}
             output = given.get(self.output_type, f"gives {self.output_type}, not one tensor")
@@ -89,11 +85,7 @@ class Preview:
         return sum(layer.sketch_bytes for layer in self.layers)
 
     def total(self) -> tuple[str, ...]:
-        """Write the last row of the table.
-
-        Returns:
-            One text for each of `HEADINGS`.
-        """
+        """Write the last row of the table."""
         features = sum(layer.features for layer in self.layers)
         clusters = sum(layer.problems * layer.num_clusters for layer in self.layers)
         count = f"{len(self.layers)} layer{'s' * (len(self.layers) != 1)}"
@@ -172,12 +164,6 @@ def preview(
 
 def format_bytes(size: int) -> str:
     """Write a size in memory for people.
-
-    Args:
-        size: in bytes.
-
-    Returns:
-        Such as ``"2.2 MB"``.
 
     Example:
         >>> format_bytes(2_195_459)

@@ -14,15 +14,7 @@ _MOST_PATTERNS = 8  # a longer list says less than a look at the table
 
 
 def suggest_patterns(root: nn.Module, calls: Sequence[Call]) -> dict[str, list[str]]:
-    """Write common choices as patterns that pick exactly these layers.
-
-    Args:
-        root: the model.
-        calls: of all its conv layers and `stage_ends`, in the order in which they ran.
-
-    Returns:
-        Title to patterns, of the choices that the model has.
-    """
+    """Write common choices as patterns that pick exactly these layers."""
     convs = _convs(calls)
     if not convs:
         return {}
@@ -45,27 +37,13 @@ def suggest_patterns(root: nn.Module, calls: Sequence[Call]) -> dict[str, list[s
 
 
 def suggest_stages(calls: Sequence[Call]) -> list[str]:
-    """Name the outputs of the stages but the last, past which no shortcut leads.
-
-    Args:
-        calls: as for `suggest_patterns`.
-
-    Returns:
-        Names; none where stages do not end with maps of several positions, or are as many as blocks.
-    """
+    """Name the outputs of the stages but the last, which no shortcut bypasses."""
     names = [end.name for end, _ in split_stages(calls, _convs(calls))[:-1] if end.gives_stage_maps]
     return names if len(names) <= MOST_STAGES else []
 
 
 def fewest_patterns(names: Collection[str], wanted: Collection[str]) -> list[str]:
     """Find few short patterns that together pick the names wanted and no others.
-
-    Args:
-        names: of all layers.
-        wanted: some of them.
-
-    Returns:
-        Globs, in the order of ``wanted``.
 
     Example:
         >>> fewest_patterns(["a.0.conv1", "a.0.conv2", "a.1.conv1", "a.1.conv2"], ["a.0.conv1", "a.1.conv1"])

@@ -19,16 +19,7 @@ _NO_FORWARD = {"_forward_unimplemented", "LightningModule.forward"}
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module in a forward pass.
-
-    Args:
-        name: of the module.
-        module: itself.
-        shape: (C, *spatial) of its output, ``None`` where that is no tensor.
-        output_type: name of the output's class.
-        stage_channels: what `stage_ends` says of it, ``None`` where it is none of these.
-        is_first: whether it is the first conv, or one beside it that works on the very same tensor.
-    """
+    """One call of a module in a forward pass."""
 
     name: str
     module: nn.Module
@@ -64,20 +55,7 @@ class Call:
 
 
 def trace(module: nn.Module, picked: Mapping[str, nn.Module], example_input: Any) -> list[Call]:
-    """Run a model once and note which layers run, in what order and with what output.
-
-    Args:
-        module: a LightningModule or any other module; afterwards it is as it was.
-        picked: name to layer, of those to watch besides the conv layers and `stage_ends`.
-        example_input: as for `preview`.
-
-    Returns:
-        The calls in their order.
-
-    Raises:
-        ValueError: where there is no input.
-        Exception: what the module raises.
-    """
+    """Run a model once and note which layers run, in what order and with what output."""
     args, kwargs = _arguments(module, example_input)
     calls: list[Call] = []
     ends, named = stage_ends(module), name_modules(module)

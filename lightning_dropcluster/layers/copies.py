@@ -15,20 +15,12 @@ _METHODS = ("__deepcopy__", "__reduce_ex__")  # copy and pickle look them up on 
 
 
 def leave_hooks_out_of_copies(layer: nn.Module) -> None:
-    """Have copies and pickles of a layer made without our hooks, whatever its class does to make them.
-
-    Args:
-        layer: with a hook.
-    """
+    """Have copies and pickles of a layer made without our hooks, whatever its class does to make them."""
     vars(layer).update(zip(_METHODS, (partial(_deepcopy, layer), partial(_reduce, layer)), strict=True))
 
 
 def copy_as_usual(layer: nn.Module) -> None:
-    """Undo `leave_hooks_out_of_copies`, unless the layer still has one of our hooks.
-
-    Args:
-        layer: any.
-    """
+    """Undo `leave_hooks_out_of_copies`, unless the layer still has one of our hooks."""
     if not any(isinstance(hook, LayerHook) for hook in layer._forward_hooks.values()):
         for name in _METHODS:
             vars(layer).pop(name, None)

@@ -28,64 +28,32 @@ class Gatherer(Protocol):
 class LayerHook:
     """A forward hook that shows the output of a layer to a sketch, then hands it to a regulariser.
 
-    It acts only while the layer is in training mode. The attributes are for the owner to set between steps; a
-    call changes those alone that tell what it saw. That makes three variants of it for ``torch.compile``:
-    idle, dropping, gathering and dropping. Sketch and regulariser are given plain tensors, and what the hook
-    returns is of the type that the layer gave.
-
-    Args:
-        name: of the layer, for errors.
-        layer: the layer.
-        regularizer: a module x -> x, or ``None`` as long as there is nothing to apply.
-        in_eval: whether to act while the layer is in eval mode too.
-
-    Attributes:
-        active: whether to regularise.
-        touches: whether the parameters of a regulariser that is not active take part all the same, with
-            gradients of zero: DDP waits for those of every parameter in every step.
-        suspended: whether to do nothing at all, as outside of the training step.
-        sketch: where to gather what it takes, ``None`` while no window is open.
-        first_call: whether the next call is the first of its step. Only that one is gathered: a layer may run
-            several times in a step, and activation checkpointing runs it again in the backward pass.
-        fired: whether the layer has run.
-        num_channels: how many the output must have; ``None`` for any.
-        shape: shape without the batch of the last first call, ``None`` before any.
-        batch_size: of that call.
-        gather_error: what kept the sketch from taking that call; the sketch is gone then.
-        other_channels: number of channels of a later call, where it was another; ``None`` otherwise.
+    It acts only while the layer is in training mode. The owner sets some attributes between steps, and a call
+    sets those that tell what it saw. So ``torch.compile`` sees three variants: idle, dropping, gathering and
+    dropping. Sketch and regulariser get plain tensors; the hook returns the type that the layer gave.
     """
 
     def __init__(
         self, name: str, layer: nn.Module, regularizer: nn.Module | None, *, in_eval: bool = False
     ) -> None:
         self.name, self.regularizer, self.in_eval = name, regularizer, in_eval
+        # Set by the owner between steps. DDP waits for the gradient of every parameter in every step: with
+        # `touches`, those of a regulariser that is not active take part with gradients of zero. Only the
+        # first call of a step is gathered: a layer may run twice, and checkpointing runs it again.
         self.sketch: Gatherer | None = None
-        self.active, self.touches, self.suspended = True, False, False
-        self.first_call, self.fired = False, False
-        self.num_channels: int | None = None
+        self.active, self.touches, self.suspended, self.first_call = True, False, False, False
+        self.num_channels: int | None = None  # that the output must have
+        # Set by a call: what it saw.
+        self.fired = False
         self.shape: tuple[int, ...] | None = None
         self.batch_size = 0
         self.gather_error: Exception | None = None
-        self.other_channels: int | None = None
+        self.other_channels: int | None = None  # of a later call
         # A conv says how many dimensions a batch has; of other layers anything with a batch will do.
         self.num_dims = len(layer.kernel_size) + 2 if isinstance(layer, _ConvNd) else None
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        """Look at the output of the layer, as torch calls a forward hook.
-
-        Args:
-            module: the layer.
-            args: its inputs.
-            output: (N, C, *spatial).
-
-        Returns:
-            What the regulariser makes of the output, in its type; ``None`` where it stays as it is.
-
-        Raises:
-            TypeError: where the output is no floating-point tensor.
-            ValueError: where it is no batch or has other channels than it must, or the regulariser returns no
-                tensor of its shape.
-        """
+        """Look at the output of the layer, as torch calls a forward hook."""
         if not (module.training or self.in_eval) or self.suspended:
             return None
         self._check(module, output)

@@ -20,16 +20,6 @@ class Injection:
     of others, so that they see what the next layer gets, but after those of torch itself (quantisation,
     sharding), without which the output is not complete. Copies and pickles of the layers have no such hook.
 
-    Args:
-        layers: name to layer.
-        regularizers: a module x -> x for each of these names, or ``None`` as long as there is nothing to
-            apply; it is not registered in the model, so the model's state_dict does not know of it.
-        in_eval: whether to act while the layer is in eval mode too. Compiled code then stays, and does not
-            know of the hooks: run the model eagerly.
-
-    Raises:
-        ValueError: where the names differ.
-
     Example:
         >>> conv = nn.Conv2d(1, 1, 1)
         >>> with Injection({"conv": conv}, {"conv": nn.Dropout2d()}):
@@ -65,11 +55,8 @@ class Injection:
     def attach(self) -> "Injection":
         """Put the hooks on the layers; nothing happens where they are on already.
 
-        What ``torch.compile`` has compiled so far is compiled anew, since it would not notice the hooks; not
-        where they act in eval mode too, see above.
-
-        Returns:
-            Itself, for use in a ``with`` statement.
+        What ``torch.compile`` has compiled so far is compiled anew, since it would not notice the hooks.
+        Hooks that act in eval mode too leave it alone: run the model eagerly there.
         """
         if not self.attached:
             if not self.in_eval:
@@ -88,11 +75,7 @@ class Injection:
             copy_as_usual(layer)
 
     def never_ran(self) -> list[str]:
-        """Name the layers that have not run in training mode since they were attached, but are in it.
-
-        Returns:
-            Their names, in order.
-        """
+        """Name the layers that have not run in training mode since they were attached, but are in it."""
         return [n for n, hook in self.hooks.items() if not hook.fired and self.layers[n].training]
 
     def pause(self) -> None:
@@ -108,14 +91,7 @@ class Injection:
 
 
 def unused_layers_error(names: list[str]) -> RuntimeError | None:
-    """Return what to raise where layers have not run in training.
-
-    Args:
-        names: of these layers.
-
-    Returns:
-        An error that names them, ``None`` where there are none.
-    """
+    """Return an error that names layers which never ran in training, ``None`` where there are none."""
     if not names:
         return None
     return RuntimeError(
@@ -129,14 +105,7 @@ def unused_layers_error(names: list[str]) -> RuntimeError | None:
 
 
 def backward_hook_warning(layers: Mapping[str, nn.Module]) -> str | None:
-    """Say which layers have parameters and backward hooks, which see the gradient behind what is dropped.
-
-    Args:
-        layers: name to layer.
-
-    Returns:
-        What to warn of, ``None`` where there is none.
-    """
+    """Say which layers have parameters and backward hooks, which see the gradient behind what is dropped."""
     every = bool(_globals._global_backward_hooks or _globals._global_backward_pre_hooks)
     names = [
         name

@@ -23,10 +23,6 @@ def is_clean_step(batch: int, left: float = math.inf) -> bool:
     that come in turns would always show the same turn. The first batch of all is clean, so that averages
     never start from what was dropped, and so are the last `_LAST`, or the last tenth of a short training:
     they leave the trained network with averages of as many batches as any other.
-
-    Args:
-        batch: number of the batch in all of training, from 0.
-        left: batches from this one to the end of training, infinite where that is not known.
     """
     if left <= min(_LAST, (batch + left) / 10):
         return True

@@ -8,33 +8,13 @@ _GLOB_TOKEN = re.compile(r"(?<![^.])\*\*\.|\*\*|\*|\?|\[!?[^\]!][^\]]*\]|.", re.
 
 
 def matching_names(names: Iterable[str], pattern: str) -> list[str]:
-    """Return the names that a string matches, whatever stands under them.
-
-    Args:
-        names: what there is.
-        pattern: a glob or a regular expression, see `select_layers`.
-
-    Returns:
-        Those that match as a whole, else those that match without their first segment.
-
-    Raises:
-        ValueError: where the pattern is empty or does not compile.
-    """
+    """Return the names that a string matches as a whole, else those without their first segment."""
     names, matches = list(names), compile_pattern(pattern)
     return [n for n in names if matches(n)] or [n for n in names if matches(n.partition(".")[2])]
 
 
 def nearest_names(pattern: str, names: Iterable[str], count: int = 5) -> list[str]:
-    """Return the names that look most like a pattern, compared as a whole and by their ends.
-
-    Args:
-        pattern: what was looked for.
-        names: what there is.
-        count: how many to return at most.
-
-    Returns:
-        Up to ``count`` names, the nearest first.
-    """
+    """Return the names that look most like a pattern, compared as a whole and by their ends."""
     wanted = pattern.removeprefix("re:").strip("*.^$")
     segments = wanted.count(".") + 1
 
@@ -46,17 +26,7 @@ def nearest_names(pattern: str, names: Iterable[str], count: int = 5) -> list[st
 
 
 def compile_pattern(pattern: str) -> Callable[[str], bool]:
-    """Turn a glob, or a regular expression after ``re:``, into a predicate.
-
-    Args:
-        pattern: see `select_layers`.
-
-    Returns:
-        What tells of a name whether the pattern matches.
-
-    Raises:
-        ValueError: where the pattern is empty or does not compile.
-    """
+    """Turn a glob, or a regular expression after ``re:``, into a predicate."""
     if not pattern.removeprefix("re:").strip():
         raise ValueError(f"layers={pattern!r}: a pattern must not be empty")
     is_regex = pattern.startswith("re:")

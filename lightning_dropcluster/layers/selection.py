@@ -77,16 +77,7 @@ def select_layers(
 def find_layers(root: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """Return the layers of these full names, in a LightningModule or in the bare model that it holds.
 
-    Args:
-        root: the LightningModule that the names come from, a copy of it, or its one model.
-        names: as `select_layers` gave them.
-
-    Returns:
-        Name to module. In a bare model the names count without their first segment.
-
-    Raises:
-        TypeError: where the root is no module.
-        ValueError: where the model has no such layer; the message lists the nearest names.
+    In a bare model the names count without their first segment.
 
     Example:
         >>> list(find_layers(nn.ModuleDict({"stem": nn.Conv2d(3, 8, 3)}), ["model.stem"]))
@@ -103,18 +94,7 @@ def find_layers(root: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 
 def check_patterns(layers: Layers) -> list[Pattern]:
-    """Return the patterns as a list.
-
-    Args:
-        layers: what a user gave: a pattern, or a list or other sequence of them.
-
-    Returns:
-        The patterns, at least one.
-
-    Raises:
-        TypeError: where a pattern is neither a string nor a callable.
-        ValueError: where the list or a pattern is empty, or a regular expression does not compile.
-    """
+    """Return the patterns as a list."""
     patterns = list(layers) if _is_sequence(layers) else [layers]
     if not patterns:
         raise ValueError(f"layers={layers!r}: give at least one pattern")
@@ -130,18 +110,7 @@ def check_patterns(layers: Layers) -> list[Pattern]:
 
 
 def check_layer_types(layer_types: LayerTypes | None) -> tuple[type[nn.Module], ...]:
-    """Return the layer types as a tuple that ``isinstance`` takes.
-
-    Args:
-        layer_types: one `nn.Module` type, a sequence of them, or ``None`` for `CONV_LAYERS`.
-
-    Returns:
-        The types, at least one.
-
-    Raises:
-        TypeError: where an entry is no subclass of `nn.Module`.
-        ValueError: where the sequence is empty.
-    """
+    """Return the layer types as a tuple that ``isinstance`` takes."""
     if layer_types is None:
         return CONV_LAYERS
     types = tuple(layer_types) if _is_sequence(layer_types) else (layer_types,)
@@ -154,14 +123,7 @@ def check_layer_types(layer_types: LayerTypes | None) -> tuple[type[nn.Module], 
 
 
 def count_channels(layer: nn.Module) -> int | None:
-    """Return how many channels a layer gives.
-
-    Args:
-        layer: a conv, a norm, or any other module.
-
-    Returns:
-        The number, ``None`` where the layer does not tell it.
-    """
+    """Return how many channels a layer gives, ``None`` where it does not tell."""
     # What timm's models call num_features may be meant of their head.
     told = "num_features" if isinstance(layer, _NormBase) else "out_channels"
     channels = getattr(adapted_layer(layer), told, None)

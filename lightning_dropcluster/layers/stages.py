@@ -48,18 +48,7 @@ class _Defined:
 
 
 def default_layers(root: nn.Module) -> dict[str, int]:
-    """Name the outputs of all stages but the last of the one timm model inside.
-
-    Args:
-        root: the model, usually a LightningModule.
-
-    Returns:
-        Name to number of channels.
-
-    Raises:
-        ValueError: where there is no timm model or more than one, or it tells no such stages; the message has
-            patterns to copy.
-    """
+    """Name the outputs of all stages but the last of the one timm model inside, with their channels."""
     models = _timm_models(root)
     if len(models) != 1:
         found = f"there are {len(models)} ({', '.join(models)})" if models else "there is none"
@@ -77,15 +66,9 @@ def default_layers(root: nn.Module) -> dict[str, int]:
 
 
 def stage_ends(root: nn.Module) -> dict[str, int]:
-    """Find the modules with which the stages of timm models end.
+    """Find the modules with which the stages of timm models end, by ``feature_info``, with their channels.
 
-    Args:
-        root: a timm model, or a module that has some inside. They say in ``feature_info`` where their stages
-            end.
-
-    Returns:
-        Name to number of channels; none for other models. Ends that timm places inside a block are left out,
-        since the block's shortcut leads past them.
+    Ends that timm places inside a block are left out, since the block's shortcut leads past them.
     """
     ends: dict[str, int] = {}
     for prefix, model in _timm_models(root).items():
@@ -101,15 +84,7 @@ def stage_ends(root: nn.Module) -> dict[str, int]:
 def split_stages(
     visited: Sequence[_Visited], convs: Sequence[_Visited]
 ) -> list[tuple[_Visited, list[_Visited]]]:
-    """Pair each module that ends a stage with the convs on the stage's own path; the stem is no stage.
-
-    Args:
-        visited: convs and ends of stages in the order in which they run.
-        convs: those of them that are conv layers.
-
-    Returns:
-        The stages in order.
-    """
+    """Pair each module that ends a stage with the convs on the stage's own path; the stem is no stage."""
     ends = [step for step in visited if step.ends_stage]
     if not (ends and convs):
         return []

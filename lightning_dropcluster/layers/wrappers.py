@@ -27,25 +27,13 @@ _PEFT_LAYERS = ("base_layer", "original_module")
 def name_modules(root: nn.Module) -> dict[str, nn.Module]:
     """Name every module as `named_modules` does, but for what wrappers insert.
 
-    Args:
-        root: the model.
-
-    Returns:
-        Name to module. Of a wrapper and what it wraps, the inner one has the common name; an adapter of PEFT
-        has it in place of the layer that it adapts, and what is inside it has none.
+    An adapter of PEFT has the name of the layer that it adapts; what is inside it has none.
     """
     return dict(_walk("", root))
 
 
 def adapted_layer(module: nn.Module) -> nn.Module:
-    """Return the layer that an adapter of PEFT stands for.
-
-    Args:
-        module: any.
-
-    Returns:
-        That layer; of other modules the module itself.
-    """
+    """Return the layer that an adapter of PEFT stands for, else the module itself."""
     while _is_of_peft(module):
         inner = next((module._modules[name] for name in _PEFT_LAYERS if name in module._modules), None)
         if inner is None:

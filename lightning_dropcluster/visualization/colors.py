@@ -26,16 +26,6 @@ def cluster_colors(num_clusters: int) -> Tensor:
 
     The first colours stay the same when more are asked for (up to 4,096), so a cluster keeps its colour.
 
-    Args:
-        num_clusters: number of colours K, at least 1.
-
-    Returns:
-        (K, 3) float tensor of red, green and blue in [0, 1], no two alike, also when stored in 8 bits.
-
-    Raises:
-        TypeError: if `num_clusters` is no integer.
-        ValueError: if it is below 1.
-
     References:
         Distances are taken in Oklab (Ottosson 2020); the greedy choice is that of Glasbey et al. 2007.
 
@@ -51,14 +41,7 @@ def cluster_colors(num_clusters: int) -> Tensor:
 def neighbor_colors(*labels: Tensor, num_clusters: int | None = None) -> Tensor:
     """Choose a colour for each cluster so that clusters side by side differ as much as can be.
 
-    Args:
-        labels: one or more (C, *spatial) integer tensors with labels of at least 0, for example one layer's
-            clusters at several moments: a label has one colour in all of them.
-        num_clusters: number of colours K, where further labels are to come; the largest label plus one where
-            it is ``None``.
-
-    Returns:
-        (K, 3) float tensor of red, green and blue in [0, 1], no two alike.
+    A label has one colour in all the labelings, such as one layer's clusters at several moments.
 
     Example:
         >>> neighbor_colors(torch.tensor([[[0, 1], [2, 3]]])).shape
