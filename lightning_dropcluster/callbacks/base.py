@@ -1,7 +1,5 @@
-"""What the callbacks share: when to attach, to step and to let go. The only file that imports Lightning."""
+"""What the callbacks share: when to attach, to step and to let go."""
 
-import importlib
-import logging
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -9,9 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import nn
 
 from lightning_dropcluster import ranks
-from lightning_dropcluster.callbacks import training
+from lightning_dropcluster.callbacks import advice, training
 from lightning_dropcluster.callbacks.auto_drop_prob import AutoDropProb
 from lightning_dropcluster.callbacks.clean_steps import CleanSteps
+from lightning_dropcluster.callbacks.namespaces import LOG, CallbackBase
 from lightning_dropcluster.callbacks.schedule import Schedule
 from lightning_dropcluster.callbacks.step_scope import StepScope, suspend
 from lightning_dropcluster.checks import check_bool, check_number, check_text
@@ -28,28 +27,10 @@ from lightning_dropcluster.layers.stages import default_layers
 from lightning_dropcluster.learning.state import check_clean_steps
 
 if TYPE_CHECKING:
-    from pytorch_lightning import Callback, LightningModule, Trainer
-
-    _Base = Callback
-else:
-
-    def _callback_bases() -> tuple[type, ...]:
-        """The Callback classes of both namespaces: each Trainer and LightningCLI knows only its own."""
-        bases = []
-        for namespace in ("lightning.pytorch", "pytorch_lightning"):
-            try:
-                bases.append(importlib.import_module(namespace).Callback)
-            except ImportError:
-                continue
-        return tuple(dict.fromkeys(bases))
-
-    _Base = type("_Base", _callback_bases(), {})
-
-# Lightning's own logger, which is shown.
-_log = logging.getLogger(_Base.__mro__[1].__module__.partition(".callbacks")[0])
+    from pytorch_lightning import LightningModule, Trainer
 
 
-class LayerCallback(_Base):
+class LayerCallback(CallbackBase):
     """A callback that drops in chosen layers, to the measure of a schedule, and leaves nothing attached.
 
     Subclasses say what happens in `_attach`, `_begin_step`, `_state`, `_read_state` and `_load`, and extend
@@ -116,12 +97,14 @@ class LayerCallback(_Base):
         self._meet_others(trainer, modules)
         self._hooked = modules
         self._attach(trainer, pl_module)
-        self._check_validation(trainer)
+        if self._clean_steps.auto is not None:
+            advice.check_validation(trainer)
         self._clean_steps.attach(pl_module, [other._clean_steps for other in self._others_before(trainer)])
         suspend(self._layers.hooks)
         if self.layers is None:
             self._expect_stages(pl_module)
-        self._check_start(trainer)
+        self._schedule.check(trainer.max_epochs, trainer.max_steps)
+        self._warn(advice.late_start(trainer, self._schedule))
         self._apply_loaded()
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -130,14 +113,8 @@ class LayerCallback(_Base):
         if trainer.ckpt_path and not self._was_loaded:
             self._warn(f"the checkpoint has no state of this callback ({self.state_key}); it starts afresh")
         self._was_loaded = False
-        if warning := backward_hook_warning(self._hooked):
-            self._warn(warning)
-        is_one_epoch = trainer.max_epochs == 1 and trainer.max_steps == -1
-        if is_one_epoch and math.isinf(trainer.num_training_batches) and self._schedule.follows_length:
-            self._warn(
-                "max_epochs=1 with data of unknown length: how far training is cannot be told, so the "
-                "schedule stays at its beginning; set max_steps or limit_train_batches in the Trainer"
-            )
+        self._warn(backward_hook_warning(self._hooked))
+        self._warn(advice.unknown_length(trainer, self._schedule))
 
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
@@ -190,15 +167,7 @@ class LayerCallback(_Base):
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Say so where the start was never reached."""
-        schedule, auto = self._schedule, self._clean_steps.auto
-        if training.is_trial(trainer):
-            return
-        if not (schedule.has_begun or schedule.is_late):
-            self._warn(
-                f"start={schedule.start!r} was not reached before training ended, so nothing was dropped"
-            )
-        elif auto is not None and not auto.has_compared:
-            self._warn("drop_prob='auto': training ended before a validation did, so nothing was dropped")
+        self._warn(advice.unreached_start(trainer, self._schedule, self._clean_steps.auto))
 
     def on_exception(
         self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
@@ -327,30 +296,16 @@ class LayerCallback(_Base):
             self._layers.hooks[name].num_channels = num_channels
         names = ", ".join(map(repr, self._hooked))
         if ranks.rank() == 0:
-            _log.info(f"{type(self).__name__}: layers=None takes the outputs of stages, layers=[{names}]")
+            LOG.info(f"{type(self).__name__}: layers=None takes the outputs of stages, layers=[{names}]")
 
     def _listed_before(self, trainer: "Trainer") -> list[Any]:
         """List the callbacks before this one; all where another callback holds it."""
         every: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
         return every[: every.index(self)] if self in every else every
 
-    def _check_validation(self, trainer: "Trainer") -> None:
-        if self._clean_steps.auto is not None and not trainer.enable_validation:
-            raise ValueError(
-                "drop_prob='auto': needs validation, so give fit validation data, define validation_step and "
-                "leave limit_val_batches above 0; or give drop_prob as a number"
-            )
-
-    def _check_start(self, trainer: "Trainer") -> None:
-        self._schedule.check(trainer.max_epochs, trainer.max_steps)
-        if self._schedule.is_late and not training.is_trial(trainer):
-            self._warn(
-                f"start={self._schedule.start!r}: training ends after max_epochs={trainer.max_epochs}, so "
-                "nothing will be dropped"
-            )
-
-    def _warn(self, message: str) -> None:
-        ranks.warn(message, type(self).__name__)
+    def _warn(self, message: str | None) -> None:
+        if message is not None:
+            ranks.warn(message, type(self).__name__)
 
 
 def check_drop_prob(drop_prob: Any) -> Any:

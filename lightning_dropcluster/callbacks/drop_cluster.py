@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_dropcluster.callbacks import training
+from lightning_dropcluster.callbacks import advice, training
 from lightning_dropcluster.callbacks.base import LayerCallback, check_drop_prob
 from lightning_dropcluster.callbacks.progress_bar import WaitingLine
 from lightning_dropcluster.callbacks.ramps import default_ramp, make_ramp
@@ -18,7 +18,6 @@ from lightning_dropcluster.callbacks.schedule import Schedule
 from lightning_dropcluster.checks import MAX_INT, check_bool, check_number
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, TorchKMeans
 from lightning_dropcluster.clustering.protocol import check_clusterer
-from lightning_dropcluster.layers.injection import unused_layers_error
 from lightning_dropcluster.layers.selection import Layers, LayerTypes
 from lightning_dropcluster.learning.checkpoints import read_initial_labels
 from lightning_dropcluster.learning.clusters import Clusters
@@ -221,8 +220,7 @@ class DropCluster(LayerCallback):
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Say so where there never were any labels."""
         super().on_train_end(trainer, pl_module)
-        if not training.is_trial(trainer):
-            self._warn_of_no_clusters()
+        self._warn(advice.no_clusters(trainer, self._schedule, self._layers))
 
     def _reset(self) -> None:
         super()._reset()
@@ -312,18 +310,6 @@ class DropCluster(LayerCallback):
                 f"initial_labels: has labels of {', '.join(map(repr, self._first_clusters))}, but of none of "
                 f"the chosen layers ({', '.join(self._hooked)})"
             )
-
-    def _warn_of_no_clusters(self) -> None:
-        if self._layers.clusters or not self._schedule.has_begun:
-            return
-        what = "no clusters were made and nothing was dropped"
-        if (error := unused_layers_error(self._layers.never_ran())) is not None:
-            what = f"{what}: {error}"
-        elif self._layers.labels_pending:
-            num_samples = self._layers.sketches.num_samples
-            reason = f"training ended before num_samples={num_samples} samples of one size were gathered"
-            what = f"{reason}, so {what}; lower num_samples, or start earlier"
-        self._warn(what)
 
 
 def _default_clusterer(seed: int) -> Clusterer:
