@@ -57,7 +57,7 @@ def run() -> NoReturn:
     Looking for garbage among the objects of torch and timm, and freeing them all in the end, takes as long as
     the command itself.
     """
-    gc.set_threshold(100_000)
+    gc.set_threshold(1_000_000)
     main()
     sys.stdout.flush()
     os._exit(0)
