@@ -21,6 +21,15 @@ def check_available(num_bytes: int, device: torch.device) -> None:
         raise MemoryError(f"{available:,.0f} bytes are free")
 
 
+def make_room_beside_torch(num_bytes: int, device: torch.device) -> None:
+    """Raise where no one but torch can allocate so much on a GPU, not even once torch's cache is empty."""
+    if torch.cuda.mem_get_info(device)[0] < num_bytes:
+        torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    if free < num_bytes:
+        raise MemoryError(f"{num_bytes:,} bytes are needed beside torch's, but {free:,} are free")
+
+
 def available_bytes(device: torch.device) -> float:
     """Return what can still be allocated there, infinity where nobody tells."""
     if device.type == "cpu":

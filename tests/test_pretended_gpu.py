@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_dropcluster import REGULARIZERS, ClusterDrop
-from lightning_dropcluster.clustering import FaissKMeans, torch_kmeans
+from lightning_dropcluster.clustering import FaissKMeans
+from lightning_dropcluster.clustering.centroids import add_up, assign_nearest
+from lightning_dropcluster.clustering.protocol import is_alive
 from lightning_dropcluster.layers.selection import select_layers
 from lightning_dropcluster.learning.learner import ClusterLearner
 from lightning_dropcluster.learning.scopes import SCOPES, Grouping
@@ -87,8 +89,9 @@ def test_a_sketch_waits_for_no_value(scope):
 def test_an_iteration_of_k_means_waits_for_no_value():
     with pretended_gpu():
         points, means = torch.empty(5, 30, 8, device="cuda"), torch.empty(5, 4, 8, device="cuda")
-        labels, _ = torch_kmeans.assign_nearest(points, means)
-        assert torch_kmeans._sums_by_product(points, labels, 4).device.type == "cuda"
+        labels, _ = assign_nearest(points, means)
+        sums, sizes = add_up(points, is_alive(points), labels, 4)
+        assert {sums.device.type, sizes.device.type} == {"cuda"}
 
 
 def make_step(model: nn.Module, *, gathers: bool, fill: str) -> ClusterLearner:

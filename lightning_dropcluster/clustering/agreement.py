@@ -9,27 +9,45 @@ def adjusted_rand_index(
 ) -> float:
     """Return the mean adjusted Rand index of labels (B, F) over B problems: 1 where equal, 0 by chance.
 
-    The index is torchmetrics'; its pair counts overflow on whole layers, so each problem is compared for
-    itself, and large ones on a fixed, evenly spaced sample.
+    All problems are compared at once on the device of the labels, large ones on a fixed, evenly spaced
+    sample. Pairs of items are counted in whole numbers, which no layer makes overflow.
 
     Example:
         >>> adjusted_rand_index(torch.tensor([[0, 0, 1, 1]]), torch.tensor([[1, 1, 0, 0]]))
         1.0
     """
-    rows = _evenly(labels.shape[0], max_problems)
-    items = _evenly(labels.shape[1], max_items)
-    pairs = zip(labels.cpu()[rows][:, items], previous.cpu()[rows][:, items], strict=True)
-    scores = [_rand(now.long(), before.long()) for now, before in pairs]
+    now, before = (_sample(one, max_problems, max_items).to(labels.device) for one in (labels, previous))
+    pairs = torch.stack([_count_pairs(one) for one in (now, before, (now << 32) + before)])
+    items = now.shape[1]
+    scores = [_score(*counts, items * (items - 1) // 2) for counts in pairs.T.tolist()]
     return sum(scores) / len(scores)
 
 
-def _rand(now: Tensor, before: Tensor) -> float:
-    from torchmetrics.functional.clustering import adjusted_rand_score  # imports torchvision: seconds
+def _count_pairs(labels: Tensor) -> Tensor:
+    """Count the pairs of items (B,) that share a label (B, F): each item with those before it in its run."""
+    ordered, place = labels.sort(dim=1).values, torch.arange(labels.shape[1], device=labels.device)
+    begins = ordered.diff(dim=1, prepend=ordered[:, :1] - 1) != 0
+    return (place - (place * begins).cummax(dim=1).values).sum(1)
 
-    with torch.sparse.check_sparse_tensor_invariants(False):  # an open choice would make torch warn
-        return float(adjusted_rand_score(now, before))
+
+def _score(now: int, before: int, both: int, total: int) -> float:
+    """Compute the index from pairs: together now, together before, in both, and all there are."""
+    if now == before == both:
+        return 1.0
+    expected = now * before / total
+    return (both - expected) / ((now + before) / 2 - expected)
 
 
-def _evenly(length: int, count: int) -> Tensor:
-    """Indices of ``count`` evenly spaced entries, or all."""
-    return torch.linspace(0, length - 1, min(length, count)).round().long()
+def _sample(labels: Tensor, max_problems: int, max_items: int) -> Tensor:
+    rows, items = (
+        _evenly(length, most, labels.device)
+        for length, most in zip(labels.shape, (max_problems, max_items), strict=True)
+    )
+    return labels[rows[:, None], items].long()
+
+
+def _evenly(length: int, most: int, device: torch.device) -> Tensor:
+    """Indices of ``most`` evenly spaced entries, or all."""
+    count = min(length, most)
+    steps = max(1, count - 1)
+    return (torch.arange(count, device=device) * (length - 1) + steps // 2) // steps

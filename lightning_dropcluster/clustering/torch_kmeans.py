@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from lightning_dropcluster.checks import MAX_INT, check_number
+from lightning_dropcluster.clustering.centroids import add_up, assign_nearest
 from lightning_dropcluster.clustering.protocol import is_alive
 from lightning_dropcluster.clustering.repair import repair
 from lightning_dropcluster.clustering.tiles import tile
 
-_BLOCK = 2**21  # distances held at a time, which the caches of a CPU hold too
 _FAR = 1e4  # profiles have unit length, so nothing is ever assigned to a centroid out here
 
 
@@ -90,13 +90,15 @@ class TorchKMeans:
             labels, distances = self._assign(points, means)
             found[going] = labels
             previous, inertia = inertia, (distances * lives).sum(1)
-            gains = previous - inertia > self.tolerance * previous
-            if not gains.any():
+            # No problem depends on what it shares a block with: those that are done are left out. The only
+            # values of an iteration that the host waits for are the numbers of the others.
+            gains = (previous - inertia > self.tolerance * previous).nonzero().flatten()
+            if not len(gains):
                 break
-            if not gains.all():  # the others are done: no problem depends on what it shares a block with
+            if len(gains) < len(going):
                 kept = (points, lives, going, labels, means, inertia)
                 points, lives, going, labels, means, inertia = (tensor[gains] for tensor in kept)
-        return _repair_all(profiles, alive, found, num_clusters, self.min_share, self.max_share)
+        return repair(profiles, alive, found, num_clusters, self.min_share, self.max_share)
 
     def _assign(self, points: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
         """Assign points to their nearest centroids, see `assign_nearest`."""
@@ -112,29 +114,6 @@ class TorchKMeans:
             return None, self.max_iter
         tiles = tile(grid, min(num_clusters, profiles.shape[1])).to(profiles.device)
         return tiles.expand(profiles.shape[:2]), self.max_iter
-
-
-def assign_nearest(points: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
-    """Return labels (B, F) of points (B, F, D) by the nearest of the means (B, K, D), and squared distances.
-
-    A block of distances at a time, to bound memory.
-    """
-    problems, rows = _block_sides(points.shape[1], means.shape[1])
-    labels = points.new_empty(points.shape[:2], dtype=torch.int64)
-    distances = points.new_empty(points.shape[:2])
-    for block, centres in enumerate(means.split(problems)):
-        lengths, first = centres.square().sum(2)[:, None], block * problems
-        for start in range(0, points.shape[1], rows):
-            here = (slice(first, first + problems), slice(start, start + rows))
-            best = torch.baddbmm(lengths, points[here], centres.mT, alpha=-2.0).min(dim=2)
-            labels[here] = best.indices
-            distances[here] = best.values + points[here].square().sum(2)
-    return labels, distances.clamp_(min=0.0)
-
-
-def _block_sides(rows: int, columns: int) -> tuple[int, int]:
-    """How many problems of (rows, columns) numbers make a block, and how many rows where one is too many."""
-    return max(1, _BLOCK // (rows * columns)), min(rows, max(1, _BLOCK // columns))
 
 
 def _starting_centroids(
@@ -153,48 +132,5 @@ def _starting_centroids(
 
 def _update(profiles: Tensor, alive: Tensor, labels: Tensor, means: Tensor) -> Tensor:
     """Average the live points of each cluster; clusters without any keep their centroid."""
-    sums, sizes = _sums(profiles, labels, alive, means.shape[1])
-    return torch.where(sizes > 0, sums / sizes.clamp(min=1.0), means)
-
-
-def _sums(profiles: Tensor, labels: Tensor, alive: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
-    """Add up the points of each cluster, (B, K, D), and count the live ones, (B, K, 1)."""
-    add_up = _sums_by_product if profiles.is_cuda else _sums_by_index
-    sizes = profiles.new_zeros(len(profiles), num_clusters)
-    sizes.scatter_add_(1, labels, alive.to(profiles.dtype))
-    return add_up(profiles, labels, num_clusters), sizes[:, :, None]
-
-
-def _sums_by_product(profiles: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
-    """Add up by a matrix product: on a GPU, where atomic additions come in any order."""
-    problems, rows = _block_sides(num_clusters, profiles.shape[1])
-    clusters = torch.arange(num_clusters, device=profiles.device)[:, None].split(rows)
-    parts = zip(labels[:, None].split(problems), profiles.split(problems), strict=True)
-    return torch.cat(
-        [torch.cat([(of == some).to(x.dtype) @ x for some in clusters], dim=1) for of, x in parts]
-    )
-
-
-def _sums_by_index(profiles: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
-    """Add up point by point: on a CPU, with less work."""
-    index = labels + num_clusters * torch.arange(len(profiles), device=labels.device)[:, None]
-    sums = profiles.new_zeros(len(profiles) * num_clusters, profiles.shape[2])
-    sums.index_add_(0, index.flatten(), profiles.flatten(0, 1))
-    return sums.reshape(len(profiles), num_clusters, -1)
-
-
-def _repair_all(
-    profiles: Tensor, alive: Tensor, labels: Tensor, num_clusters: int, min_share: float, max_share: float
-) -> Tensor:
-    """Repair on the host the problems that need it."""
-    labels, live = labels * alive, alive.sum(1)
-    sizes = labels.new_zeros(len(labels), num_clusters).scatter_add_(1, labels, alive.to(labels.dtype))
-    smallest = (min_share * live.float() / num_clusters).floor().clamp(min=1.0)  # Apple's GPUs know no double
-    largest = max_share * live.float() / num_clusters
-    needy = (live > 0) & ((sizes.amin(1) < smallest) | (sizes.amax(1) > largest))
-    for index in needy.nonzero().flatten().tolist():
-        lives = alive[index]
-        points, row = profiles[index, lives].cpu().numpy(), labels[index, lives].cpu().numpy()
-        row = repair(points, row, min(num_clusters, len(points)), min_share, max_share)
-        labels[index, lives] = torch.from_numpy(row).to(labels.device)
-    return labels
+    sums, sizes = add_up(profiles, alive, labels, means.shape[1])
+    return torch.where(sizes[:, :, None] > 0, sums / sizes.clamp(min=1)[:, :, None], means)

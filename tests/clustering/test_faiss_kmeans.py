@@ -1,26 +1,15 @@
 import subprocess
 import sys
-from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from lightning_dropcluster.clustering import FaissKMeans, TorchKMeans, faiss_kmeans
-from lightning_dropcluster.clustering.torch_kmeans import assign_nearest
+from lightning_dropcluster.clustering.centroids import assign_nearest
+from lightning_dropcluster.clustering.faiss_search import FaissLloyd
 
 faiss = faiss_kmeans.faiss
-SETTINGS = {"max_iter": 10, "tolerance": 1e-3, "min_share": 0.25, "seed": 0}
-
-
-def make_profiles(problems=4, items=200, dims=16, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(problems, items, dims, generator=generator), dim=2)
-
-
-def knn_on_cpu(resources, points, means, k, device):
-    distances, labels = faiss.knn(points.numpy(), means.numpy(), k)
-    return torch.from_numpy(distances), torch.from_numpy(labels)
 
 
 class OnGPU(torch.Tensor):
@@ -29,13 +18,9 @@ class OnGPU(torch.Tensor):
     is_cuda = True
 
 
-@pytest.fixture
-def no_gpu(monkeypatch):
-    """Let the GPU route run on the CPU."""
-    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
-    monkeypatch.setattr(faiss, "knn_gpu", knn_on_cpu, raising=False)
-    monkeypatch.setattr(faiss_kmeans, "_gpu_resources", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+def make_profiles(problems=4, items=200, dims=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(problems, items, dims, generator=generator), dim=2)
 
 
 @pytest.mark.parametrize("problems", [1, 5])
@@ -110,31 +95,20 @@ def test_what_faiss_refuses_raises():
         FaissKMeans().fit(profiles, 10)
 
 
-@pytest.mark.usefixtures("no_gpu")
-def test_assignments_on_a_gpu_come_back_in_the_order_of_the_loop():
-    points, means = make_profiles(), make_profiles(items=10, seed=1)
-    labels, distances = faiss_kmeans.assign_on_gpu(points, means)
-    expected = assign_nearest(points, means)
-    assert torch.equal(labels, expected[0])
-    torch.testing.assert_close(distances, expected[1], rtol=0, atol=1e-5)
+def test_on_a_gpu_the_loop_with_faisss_search_does_it(monkeypatch):
+    profiles, settings = make_profiles(), {"max_iter": 3, "tolerance": 1e-3, "seed": 5}
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
+    monkeypatch.setattr(FaissLloyd, "_assign", lambda self, points, means: assign_nearest(points, means))
+    labels = FaissKMeans(**settings).fit(profiles.as_subclass(OnGPU), 10)
+    assert torch.equal(labels.as_subclass(torch.Tensor), TorchKMeans(**settings).fit(profiles, 10))
 
 
-@pytest.mark.usefixtures("no_gpu")
-@pytest.mark.parametrize("warm", [True, False])
-def test_the_gpu_route_is_lloyds_loop_with_the_same_settings(warm):
-    profiles, settings = make_profiles(), {**SETTINGS, "max_iter": 3, "seed": 5}
-    old = torch.arange(200).repeat(4, 1) % 10 if warm else None
-    labels = FaissKMeans(**settings).fit(profiles.as_subclass(OnGPU), 10, old)
-    assert torch.equal(labels, TorchKMeans(**settings).fit(profiles, 10, old))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    not (torch.cuda.is_available() and faiss.get_num_gpus()), reason="needs CUDA and FAISS with GPU support"
-)
-def test_a_gpu_assigns_as_torch_does():
-    points, means = make_profiles().cuda(), make_profiles(items=10, seed=1).cuda()
-    labels, distances = faiss_kmeans.assign_on_gpu(points, means)
-    expected = assign_nearest(points, means)
-    assert (labels == expected[0]).float().mean() > 0.999
-    torch.testing.assert_close(distances, expected[1], rtol=0, atol=1e-4)
+def test_clusters_keep_their_numbers_where_others_have_died_out():
+    profiles, old = make_profiles(1, 60), torch.arange(60)[None] % 10
+    profiles[0, 3::10] = 0
+    labels = FaissKMeans(warm_iter=1, min_share=0.0).fit(profiles, 10, old)
+    means = torch.stack([profiles[0, old[0] == k].mean(0) for k in range(10)])
+    kept = torch.cdist(profiles[0], means[[0, 1, 2, 4, 5, 6, 7, 8, 9]]).argmin(1)
+    kept = torch.tensor([0, 1, 2, 4, 5, 6, 7, 8, 9])[kept]
+    alive = profiles[0].any(1)
+    assert (labels[0, alive] == kept[alive]).float().mean() > 0.5
