@@ -229,7 +229,7 @@ class DropCluster(LayerCallback):
             self._pictures = PictureLog(self.scope)
 
     def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        try_clusterer(self._layers.clusterer, self._layers.grouping)
+        try_clusterer(self._layers.clusterer, self._layers.grouping, pl_module.device)
         self._check_initial_labels()
         if trainer.global_step == 0 and _is_untouched(self._loaded):
             self._loaded = None

@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given
@@ -6,7 +8,8 @@ from hypothesis import strategies as st
 from lightning_dropcluster import ranks
 from lightning_dropcluster.clustering import FaissKMeans, TorchKMeans
 from lightning_dropcluster.clustering.protocol import append_positions, count_clusters
-from lightning_dropcluster.learning.reclustering import cluster_share, recluster
+from lightning_dropcluster.learning import reclustering
+from lightning_dropcluster.learning.reclustering import cluster_share, recluster, try_clusterer
 from lightning_dropcluster.learning.scopes import Grouping
 from lightning_dropcluster.learning.sketch import Sketch
 
@@ -116,12 +119,6 @@ def test_dead_features_take_the_cluster_of_the_nearest_live_position():
     assert (labels[4:] == labels[3]).all()
 
 
-def test_errors_name_the_layer():
-    with pytest.raises(ValueError, match="out of luck") as caught:
-        cluster_share({"stem": make_sketch()}, {}, Broken(), Grouping())
-    assert caught.value.__notes__ == ["while reclustering layer 'stem'"]
-
-
 @given(size=st.integers(1, 6), layers=st.lists(st.integers(1, 9), min_size=1, max_size=4))
 def test_ranks_share_every_problem_exactly_once(size, layers):
     sketches = {str(position): make_sketch((maps, 3)) for position, maps in enumerate(layers)}
@@ -146,6 +143,46 @@ def test_the_shares_add_up_to_what_one_process_finds(monkeypatch, size):
         for name, share in cluster_share(sketches, old, FaissKMeans(), Grouping(num_clusters=4)).items():
             total[name] += share
     assert all(torch.equal(total[name], alone[name]) for name in alone)
+
+
+@pytest.mark.parametrize("limit", [0, 2 * 120 * 32, 2**22])
+def test_layers_that_are_alike_are_clustered_together_as_far_as_memory_allows(monkeypatch, limit):
+    sketches = {name: make_sketch(seed=seed) for seed, name in enumerate("abc")}
+    sketches["odd"] = make_sketch((2, 8))
+    old = {"c": torch.arange(120).reshape(SHAPE) % 4}
+    alone = [
+        cluster_share({name: one}, old, Spy(), Grouping(num_clusters=4)) for name, one in sketches.items()
+    ]
+    monkeypatch.setattr(reclustering, "_TOGETHER", limit)
+    spy = Spy()
+    labels = cluster_share(sketches, old, spy, grouping)
+    assert [*labels] == [*sketches]
+    assert all(torch.equal(labels[name], one[name]) for one in alone for name in one)
+    assert len(spy.calls) == (4 if limit == 0 else 3)
+
+
+def test_errors_name_the_layers():
+    sketches = {name: make_sketch() for name in ("stem", "late")}
+    with pytest.raises(ValueError, match="out of luck") as caught:
+        cluster_share(sketches, {}, Broken(), Grouping())
+    assert caught.value.__notes__ == ["while reclustering layer 'stem', 'late'"]
+
+
+def test_progress_counts_up_from_nothing_in_the_order_of_the_layers():
+    sketches = {"a": make_sketch((1, 8)), "b": make_sketch((3, 4)), "c": make_sketch((1, 8))}
+    told = []
+    cluster_share(sketches, {}, TorchKMeans(), Grouping(), on_progress=lambda *told_: told.append(told_))
+    assert told == [("a", 0.0), ("b", 16 / 28)]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("out of luck")])
+def test_a_trial_that_finds_no_memory_lets_training_begin(error):
+    class Fails:
+        def fit(self, profiles, num_clusters, init_labels=None, grid=None):
+            raise error
+
+    with nullcontext() if isinstance(error, MemoryError) else pytest.raises(ValueError, match="out of luck"):
+        try_clusterer(Fails(), Grouping(), CPU)
 
 
 def test_layers_start_with_another_rank_each(monkeypatch):
