@@ -78,7 +78,7 @@ def cluster_drop(
             sizes = cluster_sizes(resized, *keep.shape[1:])
         scale = _kept_ratio(keep, sizes, resized.numel())
     elif not isinstance(scale, Tensor):
-        scale = torch.tensor(scale, dtype=torch.float32, device=x.device)
+        scale = torch.full((), scale, dtype=torch.float32, device=x.device)  # tensor() would wait for a copy
     elif scale.ndim:
         raise ValueError(f"scale of shape {tuple(scale.shape)}: must be a number or a 0-d tensor")
     return fill_dropped(x, resized, keep, scale, fill, inplace)

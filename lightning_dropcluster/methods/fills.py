@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lightning_dropcluster.methods.cluster_means import fill_means, fill_means_whole
 from lightning_dropcluster.methods.packed_keep import look_up, multiply_packed, packing_pays
@@ -18,34 +19,50 @@ def fill_dropped(
 ) -> Tensor:
     """Scale what is kept and replace what is dropped; backward saves what is given here besides ``x``.
 
-    Args:
-        x: (N, C, *spatial), floating point.
-        labels: integers in [0, K), (C or 1, *spatial or ones).
-        keep: bool (N or 1, C or 1, K).
-        scale: 0-d.
-        fill: one of `FILLS`.
-        inplace: whether to write into ``x``; not under the transforms of torch.func.
-
-    Returns:
-        ``x`` itself, or a tensor like it.
+    ``labels`` are (C or 1, *spatial or ones), ``keep`` is (N or 1, C or 1, K), ``scale`` 0-d. ``inplace`` writes
+    into ``x``, but not for a compiler, which plans memory itself, nor under the transforms of torch.func.
     """
-    # Dynamo traces no function that defines jvp.
-    compiling = torch.compiler.is_compiling()
-    function = _Fill if compiling else _TransformableFill
-    return function.apply(x, labels, keep, scale, fill, inplace and not compiling)  # pyright: ignore[reportReturnType]
+    if torch.compiler.is_compiling():  # Dynamo traces no function that defines jvp
+        return _Fill.apply(x, labels, keep, scale, fill, False)  # pyright: ignore[reportReturnType]
+    if _is_transformed():
+        return _TransformableFill.apply(x, labels, keep, scale, fill, inplace)  # pyright: ignore[reportReturnType]
+    if x.requires_grad and torch.is_grad_enabled():
+        return _PlainFill.apply(x, labels, keep, scale, fill, inplace)  # pyright: ignore[reportReturnType]
+    return _fill(x, labels, keep, scale, fill, inplace)
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func or forward mode is on, which ask more of a function."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+class _PlainFill(torch.autograd.Function):
+    """For fixed clusters the map is linear and its own adjoint, so backward applies it again.
+
+    Where torch need not be able to transform a function, it calls it in a third of the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, *fixed, ctx.fill, inplace = inputs
+        ctx.save_for_backward(*fixed)
+        if inplace:
+            ctx.mark_dirty(x)
+        return _fill(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return fill_dropped(grads[0], *ctx.saved_tensors, fill=ctx.fill), None, None, None, None, None
 
 
 class _Fill(torch.autograd.Function):
-    """For fixed clusters the map is linear and its own adjoint, so backward applies it again."""
+    """The same for compilers."""
 
     @staticmethod
     def forward(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor, fill: str, inplace: bool) -> Tensor:
-        if torch.compiler.is_compiling():  # which plans order and memory itself
-            return _fill_whole(x, labels, keep, scale, fill)
-        out = x if inplace else torch.empty_like(x)  # no view: the model may write into what it is given
-        write = fill_means if fill == "mean" else _multiply
-        write(out, x, labels, keep, scale)
-        return out
+        if torch.compiler.is_compiling():
+            return _fill_compiled(x, labels, keep, scale, fill)
+        return _fill(x, labels, keep, scale, fill, inplace)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -75,10 +92,27 @@ class _TransformableFill(_Fill):
         return torch.vmap(partial(_fill_whole, fill=fill), tuple(in_dims[: len(tensors)]))(*tensors), 0
 
 
+def _fill(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor, fill: str, inplace: bool) -> Tensor:
+    out = x if inplace else torch.empty_like(x)  # no view: the model may write into what it is given
+    write = fill_means if fill == "mean" else _multiply
+    write(out, x, labels, keep, scale)
+    return out
+
+
 def _fill_whole(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor, fill: str) -> Tensor:
     if fill == "mean":
         return fill_means_whole(x, labels, keep, scale)
     return x * look_up((keep * scale).to(x.dtype), labels.long())
+
+
+def _fill_compiled(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor, fill: str) -> Tensor:
+    """The same by indexing, which Inductor computes again in backward; what `gather` returns it would keep."""
+    if fill == "mean":
+        return fill_means_whole(x, labels, keep, scale)
+    groups = keep.shape[1]
+    numbers = labels.long().movedim(0, -1) * groups + torch.arange(groups, device=x.device)
+    table = (keep * scale).to(x.dtype).mT.flatten(1)
+    return x * table[:, numbers].movedim(-1, 1)
 
 
 def _multiply(out: Tensor, x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> None:

@@ -2,74 +2,46 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 _SLICE = 2**20  # features whose mask stays in the cache
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of the floats that they mask
-_SAMPLES = 32  # of a word at most, whose bits float64 still adds up exactly
-_LARGE = 2**20  # values from which on fewer look-ups outweigh more small operations
+_LARGE = 2**16  # values from which on fewer look-ups outweigh more small operations
+_zero_where_negative = torch.ops.aten.threshold_backward.grad_input
 
 
 def packing_pays(x: Tensor, index: Tensor, keep: Tensor) -> bool:
-    """Whether `multiply_packed` takes these and is faster than a mask that is looked up whole.
-
-    Args:
-        x: (N, R, ...), floating point.
-        index: integers in [0, K), (R or 1, ...).
-        keep: bool (N or 1, R or 1, K).
-
-    Returns:
-        True on a CPU for a large activation, with a draw for each sample and a label for each feature.
-    """
+    """Whether `multiply_packed` takes these and is faster than a mask that is looked up whole."""
     drawn_apart = len(keep) > 1 and index.shape == x.shape[1:]
     return x.device.type == "cpu" and drawn_apart and x.numel() >= _LARGE
 
 
 def multiply_packed(out: Tensor, x: Tensor, index: Tensor, keep: Tensor, scale: Tensor) -> None:
-    """Write what is kept of an activation, times a scale.
+    """Write x (N, R, ...) times keep (N, R or 1, K) at index (R, ...) times the scale; ``out`` may be ``x``.
 
     A mask that is looked up whole takes a read through the index for each feature of each sample. Here such a
-    read fetches a word of which each bit is for one sample, and shifts, many features to an instruction, make
-    masks of words.
-
-    Args:
-        out: where to write (N, R, ...), of the type of ``x``; it may be ``x``.
-        x: (N, R, ...), floating point.
-        index: integers in [0, K), of the shape of one sample.
-        keep: bool (N, R or 1, K).
-        scale: 0-d, of the type of ``x``.
+    read fetches a word of which each bit is for one sample. A shift, many features to an instruction, makes
+    that bit the sign, and torch has a kernel that passes integers on where others are not negative.
     """
     word = _WORDS[x.element_size()]
     bits = torch.iinfo(word).bits
-    packed = min(bits, _SAMPLES)
-    words = look_up(_pack(keep, packed).to(word), index)
-    # To the left until the sample's bit is the sign, which the way back spreads over the whole word.
-    left = torch.arange(bits - 1, bits - 1 - packed, -1, dtype=word).view(-1, *[1] * index.ndim)
+    shifts = torch.arange(bits, dtype=word)
     samples = max(1, _SLICE // index.numel())
-    for row, part, target in zip(words, x.split(packed), out.split(packed), strict=True):
-        shifts = left[: len(part)]
-        for shift, here, there in zip(*(each.split(samples) for each in (shifts, part, target)), strict=True):
-            mask = torch.bitwise_left_shift(row, shift).bitwise_right_shift_(bits - 1)
-            torch.bitwise_and(here.view(word), mask, out=there.view(word))
+    for part, target, kept in zip(x.split(bits), out.split(bits), keep.split(bits), strict=True):
+        row, left = look_up(_pack(kept, word), index), shifts[: len(part)].view(-1, *[1] * index.ndim)
+        for shift, here, there in zip(*(each.split(samples) for each in (left, part, target)), strict=True):
+            signs = torch.bitwise_left_shift(row, shift)
+            _zero_where_negative(here.view(word), signs, -1, grad_input=there.view(word))
             there.mul_(scale)
 
 
 def look_up(table: Tensor, index: Tensor) -> Tensor:
-    """Spread a table by an index.
-
-    Args:
-        table: (N, R or 1, K).
-        index: integers in [0, K), (R, ...).
-
-    Returns:
-        A tensor (N, R, ...) of the table's type.
-    """
+    """Spread a table (N, R or 1, K) by an index (R, ...) of integers in [0, K): (N, R, ...)."""
     rows = index.reshape(len(index), -1).expand(len(table), -1, -1)
     return table.expand(-1, len(index), -1).gather(2, rows).reshape(len(table), *index.shape)
 
 
-def _pack(keep: Tensor, packed: int) -> Tensor:
-    """Pack samples (N, R, K) into words (N / packed, R, K), int64, whose lowest bit is the first sample's."""
-    weights = 2.0 ** torch.arange(packed, dtype=torch.float64)
-    filled = pad(keep, (0, 0, 0, 0, 0, -len(keep) % packed)).view(-1, packed, keep[0].numel())
-    return (weights @ filled.double()).long().view(-1, *keep.shape[1:])
+def _pack(keep: Tensor, word: torch.dtype) -> Tensor:
+    """Pack samples (N, R, K) into words (1, R, K), the first into the sign; a bit is set where one is dropped."""
+    places = torch.arange(torch.iinfo(word).bits - 1, -1, -1, dtype=word)[: len(keep), None]
+    bits = keep.logical_not().flatten(1).to(word).bitwise_left_shift_(places)
+    return bits.sum(0, dtype=word).view(1, *keep.shape[1:])
