@@ -19,8 +19,8 @@ def fill_dropped(
 ) -> Tensor:
     """Scale what is kept and replace what is dropped; backward saves what is given here besides ``x``.
 
-    ``labels`` are (C or 1, *spatial or ones), ``keep`` is (N or 1, C or 1, K), ``scale`` 0-d. ``inplace`` writes
-    into ``x``, but not for a compiler, which plans memory itself, nor under the transforms of torch.func.
+    ``labels`` are (C or 1, *spatial or ones), ``keep`` is (N or 1, C or 1, K), ``scale`` 0-d. ``inplace``
+    writes into ``x``, but not for a compiler, which plans memory itself.
     """
     if torch.compiler.is_compiling():  # Dynamo traces no function that defines jvp
         return _Fill.apply(x, labels, keep, scale, fill, False)  # pyright: ignore[reportReturnType]
@@ -106,7 +106,7 @@ def _fill_whole(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor, fill: st
 
 
 def _fill_compiled(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor, fill: str) -> Tensor:
-    """The same by indexing, which Inductor computes again in backward; what `gather` returns it would keep."""
+    """The same by indexing, which Inductor repeats in backward; what `gather` returns it would keep."""
     if fill == "mean":
         return fill_means_whole(x, labels, keep, scale)
     groups = keep.shape[1]

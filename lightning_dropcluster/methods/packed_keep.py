@@ -41,7 +41,7 @@ def look_up(table: Tensor, index: Tensor) -> Tensor:
 
 
 def _pack(keep: Tensor, word: torch.dtype) -> Tensor:
-    """Pack samples (N, R, K) into words (1, R, K), the first into the sign; a bit is set where one is dropped."""
+    """Pack samples (N, R, K) into words (1, R, K), the first into the sign; dropped clusters are ones."""
     places = torch.arange(torch.iinfo(word).bits - 1, -1, -1, dtype=word)[: len(keep), None]
     bits = keep.logical_not().flatten(1).to(word).bitwise_left_shift_(places)
     return bits.sum(0, dtype=word).view(1, *keep.shape[1:])
