@@ -14,6 +14,8 @@ from lightning_dropcluster.callbacks.namespaces import LOG, CallbackBase
 from lightning_dropcluster.callbacks.schedule import Schedule
 from lightning_dropcluster.callbacks.step_scope import StepScope, suspend
 from lightning_dropcluster.checks import check_bool, check_number, check_text
+from lightning_dropcluster.layers.channels import check_channel_dim, find_layouts
+from lightning_dropcluster.layers.hooks import LayerHook
 from lightning_dropcluster.layers.idle import idle_warnings
 from lightning_dropcluster.layers.injection import backward_hook_warning, unused_layers_error
 from lightning_dropcluster.layers.selection import (
@@ -23,7 +25,6 @@ from lightning_dropcluster.layers.selection import (
     check_patterns,
     select_layers,
 )
-from lightning_dropcluster.layers.stages import default_layers
 from lightning_dropcluster.learning.state import check_clean_steps
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class LayerCallback(CallbackBase):
         layer_types: LayerTypes | None,
         schedule: Schedule,
         *,
+        channel_dim: int,
         drop_prob: float | Literal["auto"] | None,
         monitor: str,
         max_drop_prob: float,
@@ -57,6 +59,7 @@ class LayerCallback(CallbackBase):
         elif layer_types is not None:
             raise ValueError(f"layer_types={layer_types!r}: needs layers; without them stages are taken")
         check_layer_types(layer_types)
+        self.channel_dim = check_channel_dim(channel_dim)
         check_text("monitor", monitor)
         max_drop_prob = check_number("max_drop_prob", max_drop_prob, 0, 1, high_open=True)
         check_bool("clean_statistics", clean_statistics)
@@ -93,7 +96,7 @@ class LayerCallback(CallbackBase):
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Attach: the first moment at which every model exists, on its device, with its state loaded."""
         self.detach()
-        modules = select_layers(pl_module, self.layers, self.layer_types)
+        modules = self._select(pl_module)
         self._meet_others(trainer, modules)
         self._hooked = modules
         self._attach(trainer, pl_module)
@@ -101,8 +104,9 @@ class LayerCallback(CallbackBase):
             advice.check_validation(trainer)
         self._clean_steps.attach(pl_module, [other._clean_steps for other in self._others_before(trainer)])
         suspend(self._layers.hooks)
-        if self.layers is None:
-            self._expect_stages(pl_module)
+        self._lay_out(pl_module, modules, self._layers.hooks)
+        if self.layers is None and ranks.rank() == 0:
+            self._say_stages()
         self._schedule.check(trainer.max_epochs, trainer.max_steps)
         self._warn(advice.late_start(trainer, self._schedule))
         self._apply_loaded()
@@ -290,13 +294,20 @@ class LayerCallback(CallbackBase):
     def _others_before(self, trainer: "Trainer") -> "list[LayerCallback]":
         return [other for other in self._listed_before(trainer) if isinstance(other, LayerCallback)]
 
-    def _expect_stages(self, pl_module: nn.Module) -> None:
-        """Say which layers were picked without a pattern, and have their outputs checked."""
-        for name, num_channels in default_layers(pl_module).items():
-            self._layers.hooks[name].num_channels = num_channels
+    def _select(self, root: nn.Module) -> dict[str, nn.Module]:
+        return select_layers(root, self.layers, self.layer_types, channel_dim=self.channel_dim)
+
+    def _lay_out(
+        self, root: nn.Module, layers: Mapping[str, nn.Module], hooks: Mapping[str, LayerHook]
+    ) -> None:
+        """Tell hooks where outputs have their channels; of stages timm knows how many these are."""
+        channel_dim = None if self.layers is None else self.channel_dim
+        for name, layout in find_layouts(root, layers, channel_dim).items():
+            hooks[name].layout = layout
+
+    def _say_stages(self) -> None:
         names = ", ".join(map(repr, self._hooked))
-        if ranks.rank() == 0:
-            LOG.info(f"{type(self).__name__}: layers=None takes the outputs of stages, layers=[{names}]")
+        LOG.info(f"{type(self).__name__}: layers=None takes the outputs of stages, layers=[{names}]")
 
     def _listed_before(self, trainer: "Trainer") -> list[Any]:
         """List the callbacks before this one; all where another callback holds it."""

@@ -85,6 +85,10 @@ class DropCluster(LayerCallback):
             ``per_sample``.
         position_weight: how much the row and column of a feature count in the clustering, as the distance
             between opposite edges of a map; uncorrelated profiles have a distance of 1.41. At most a million.
+        channel_dim: 1 for layers that give (N, C, *spatial), -1 for those with channels last, such as blocks
+            and branches of transformers. Tokens of an image are laid out on their grid; class and register
+            tokens, which have no place there, are neither clustered nor dropped. With ``layers=None`` the
+            stages themselves tell.
         clean_statistics: let BatchNorm's running averages follow only steps that drop nothing, one in eight
             and the last 20, so that they are right in evaluation (https://arxiv.org/abs/1801.05134). Has no
             effect on models without running averages.
@@ -131,6 +135,7 @@ class DropCluster(LayerCallback):
         rescale: str = "batch",
         paired: bool = False,
         position_weight: float = 0.0,
+        channel_dim: int = 1,
         clean_statistics: bool = True,
         layer_types: LayerTypes | None = None,
         initial_labels: str | PathLike[str] | Mapping[str, Tensor] | None = None,
@@ -157,6 +162,7 @@ class DropCluster(LayerCallback):
             layers,
             layer_types,
             Schedule(start, ramp, every_n_epochs, every_n_train_steps),
+            channel_dim=channel_dim,
             drop_prob=drop_prob,
             monitor=monitor,
             max_drop_prob=max_drop_prob,
@@ -274,16 +280,18 @@ class DropCluster(LayerCallback):
         used = self._full_drop_prob if drop_prob is None else drop_prob
         used = check_number("drop_prob", used, 0, 1, high_open=True)
         # Eagerly: a fit under way would have to compile everything anew, after each sampling.
-        with self._layers.make_sampler(model, used), torch.compiler.set_stance("force_eager"):
+        injection = self._layers.make_sampler(model, used)
+        self._lay_out(model, injection.layers, injection.hooks)
+        with injection, torch.compiler.set_stance("force_eager"):
             yield model
 
     # Checkpoints
 
     def _state(self) -> dict[str, Any]:
-        return {"scope": self.scope, **self._layers.state_dict()}
+        return {"scope": self.scope, "channel_dim": self.channel_dim, **self._layers.state_dict()}
 
     def _read_state(self, state: Mapping[str, Any]) -> None:
-        self._layers.clusters = read_state(state, self.scope)
+        self._layers.clusters = read_state(state, self.scope, self.channel_dim)
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self._layers.load_state_dict(state)

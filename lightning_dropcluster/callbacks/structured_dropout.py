@@ -10,7 +10,7 @@ from lightning_dropcluster.callbacks.base import LayerCallback, check_drop_prob
 from lightning_dropcluster.callbacks.ramps import constant, default_ramp, make_ramp
 from lightning_dropcluster.callbacks.schedule import Schedule
 from lightning_dropcluster.checks import check_choice
-from lightning_dropcluster.layers.selection import Layers, LayerTypes, select_layers
+from lightning_dropcluster.layers.selection import Layers, LayerTypes
 from lightning_dropcluster.learning.state import check_regularizers
 from lightning_dropcluster.methods import REGULARIZERS
 from lightning_dropcluster.methods.factory import check_setting
@@ -49,6 +49,7 @@ class StructuredDropout(LayerCallback):
             applied unchanged from ``start`` on.
         clean_statistics: let BatchNorm's running averages follow only steps that drop nothing; see
             `DropCluster`.
+        channel_dim: as in `DropCluster`.
         layer_types: as in `DropCluster`.
         monitor: the name under which the validation loss is logged, for ``drop_prob="auto"``.
         max_drop_prob: the highest probability that ``drop_prob="auto"`` uses, in [0, 1).
@@ -74,6 +75,7 @@ class StructuredDropout(LayerCallback):
         *,
         start: int | float = 0,
         schedule: str | Callable[[float], float] | None = None,
+        channel_dim: int = 1,
         clean_statistics: bool = True,
         layer_types: LayerTypes | None = None,
         monitor: str = "val_loss",
@@ -95,6 +97,7 @@ class StructuredDropout(LayerCallback):
             layers,
             layer_types,
             Schedule(start, ramp, every_n_epochs=0),
+            channel_dim=channel_dim,
             drop_prob=drop_prob,
             monitor=monitor,
             max_drop_prob=max_drop_prob,
@@ -126,7 +129,7 @@ class StructuredDropout(LayerCallback):
             return
         modules: dict[str, nn.Module] = {}
         with suppress(ValueError):  # some models come to be in configure_model; on_fit_start looks again
-            modules = select_layers(pl_module, self.layers, self.layer_types)
+            modules = self._select(pl_module)
         self._layers.register(modules)
         self._check_copies(trainer)
 
@@ -186,7 +189,7 @@ class StructuredDropout(LayerCallback):
         Raises:
             ValueError: where the patterns pick no layers, or a regulariser cannot be made.
         """
-        self._layers.register(select_layers(model, self.layers, self.layer_types))
+        self._layers.register(self._select(model))
 
     def unregister(self, model: nn.Module) -> None:
         """Take learned regularisers out of a copy of a model that was made during ``fit``.

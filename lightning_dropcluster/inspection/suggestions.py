@@ -8,7 +8,7 @@ from torch import nn
 from lightning_dropcluster.inspection.tracing import Call
 from lightning_dropcluster.layers.patterns import compile_pattern
 from lightning_dropcluster.layers.selection import select_layers
-from lightning_dropcluster.layers.stages import MOST_STAGES, split_stages
+from lightning_dropcluster.layers.stages import split_stages, without_last
 
 _MOST_PATTERNS = 8  # a longer list says less than a look at the table
 
@@ -38,8 +38,8 @@ def suggest_patterns(root: nn.Module, calls: Sequence[Call]) -> dict[str, list[s
 
 def suggest_stages(calls: Sequence[Call]) -> list[str]:
     """Name the outputs of the stages but the last, which no shortcut bypasses."""
-    names = [end.name for end, _ in split_stages(calls, _convs(calls))[:-1] if end.gives_stage_maps]
-    return names if len(names) <= MOST_STAGES else []
+    stages = without_last([end for end, _ in split_stages(calls, _convs(calls))])
+    return [end.name for end in stages if end.gives_stage_maps]
 
 
 def fewest_patterns(names: Collection[str], wanted: Collection[str]) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_dropcluster.layers.channels import Layout
 from lightning_dropcluster.layers.plain import NotSeen, apply_plainly, see
 from lightning_dropcluster.memory import is_out_of_memory
 
@@ -30,7 +31,8 @@ class LayerHook:
 
     It acts only while the layer is in training mode. The owner sets some attributes between steps, and a call
     sets those that tell what it saw. So ``torch.compile`` sees three variants: idle, dropping, gathering and
-    dropping. Sketch and regulariser get plain tensors; the hook returns the type that the layer gave.
+    dropping. Sketch and regulariser get plain tensors with the channels first; the hook returns the type and
+    the layout that the layer gave.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class LayerHook:
         # first call of a step is gathered: a layer may run twice, and checkpointing runs it again.
         self.sketch: Gatherer | None = None
         self.active, self.touches, self.suspended, self.first_call = True, False, False, False
-        self.num_channels: int | None = None  # that the output must have
+        self.layout = Layout()
         # Set by a call: what it saw.
         self.fired = False
         self.shape: tuple[int, ...] | None = None
@@ -58,11 +60,12 @@ class LayerHook:
             return None
         self._check(module, output)
         self.fired = True
-        self._gather(output)
+        features, prefix = self.layout.split(output)
+        self._gather(features)
         if self.regularizer is None:
             return None
         if self.active:
-            return self._regularize(output)
+            return self.layout.join(self._regularize(features), prefix, output)
         return self._touch(output) if self.touches else None
 
     def _check(self, module: nn.Module, output: Any) -> None:
@@ -76,12 +79,7 @@ class LayerHook:
                 f"layers: the output of {self.name!r} has shape {tuple(output.shape)}; "
                 f"it must be a batch, of {self.num_dims or 'at least 2'} dimensions"
             )
-
-        if self.num_channels not in (None, output.shape[1]):
-            raise ValueError(
-                f"layers=None: takes {self.name!r} for a stage of {self.num_channels} channels, but its "
-                f"output has shape {tuple(output.shape)}, not (N, C, *spatial); name layers whose output has"
-            )
+        self.layout.check(self.name, output.shape)
 
     def _gather(self, x: Tensor) -> None:
         if self.first_call:

@@ -22,7 +22,11 @@ _WIDEN = "give layer_types=torch.nn.Module"
 
 
 def select_layers(
-    root: nn.Module, layers: Layers | None = None, layer_types: LayerTypes | None = None
+    root: nn.Module,
+    layers: Layers | None = None,
+    layer_types: LayerTypes | None = None,
+    *,
+    channel_dim: int = 1,
 ) -> dict[str, nn.Module]:
     """Return the layers of a model that name patterns pick.
 
@@ -45,6 +49,8 @@ def select_layers(
             stages.
         layer_types: the module types that may be picked, subclasses included, instead of conv layers or what
             a pattern names.
+        channel_dim: -1 for layers that give (N, *spatial, C). Patterns then never mean conv layers, unless
+            ``layer_types`` does.
 
     Returns:
         Name to module, in the order of ``named_modules()``. A module that stands under several names appears
@@ -66,7 +72,7 @@ def select_layers(
     if layers is None:
         return {name: names[name] for name in default_layers(root)}
     patterns, types = check_patterns(layers), None if layer_types is None else check_layer_types(layer_types)
-    picked = {name for pattern in patterns for name in _pick(names, pattern, types)}
+    picked = {name for pattern in patterns for name in _pick(names, pattern, types, channel_dim)}
     unique: dict[int, str] = {}
     for name in names:
         if name in picked:
@@ -124,9 +130,11 @@ def check_layer_types(layer_types: LayerTypes | None) -> tuple[type[nn.Module], 
 
 def count_channels(layer: nn.Module) -> int | None:
     """Return how many channels a layer gives, ``None`` where it does not tell."""
+    layer = adapted_layer(layer)
     # What timm's models call num_features may be meant of their head.
-    told = "num_features" if isinstance(layer, _NormBase) else "out_channels"
-    channels = getattr(adapted_layer(layer), told, None)
+    by_type = {_NormBase: "num_features", nn.Linear: "out_features"}
+    told = next((told for kind, told in by_type.items() if isinstance(layer, kind)), "out_channels")
+    channels = getattr(layer, told, None)
     return channels if isinstance(channels, int) else None
 
 
@@ -141,19 +149,23 @@ def _is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
 
 
 def _pick(
-    names: dict[str, nn.Module], pattern: Pattern, types: tuple[type[nn.Module], ...] | None
+    names: dict[str, nn.Module],
+    pattern: Pattern,
+    types: tuple[type[nn.Module], ...] | None,
+    channel_dim: int,
 ) -> list[str]:
     """Apply one pattern: to layers of these types; without types to conv layers, else to what it names."""
-    found = _search(names, pattern, types or CONV_LAYERS)
-    if not found and types is None and isinstance(pattern, str):
-        found = _search(_with_maps(names), pattern, (nn.Module,))
+    last = channel_dim == -1 and types is None
+    found = [] if last else _search(names, pattern, types or CONV_LAYERS)
+    if not found and types is None and (last or isinstance(pattern, str)):
+        found = _search(_nameable(names, channel_dim), pattern, (nn.Module,))
         for outer, inner in ((o, n) for o in found for n in found if n.startswith(f"{o}.")):
             raise ValueError(
-                f"layers={pattern!r} matches no conv layer, and modules inside one another, such as {inner} "
-                f"in {outer}; name those whose output you mean"
+                f"layers={pattern!r} matches {'' if last else 'no conv layer, and '}modules inside one "
+                f"another, such as {inner} in {outer}; name those whose output you mean"
             )
     if not found:
-        raise ValueError(_explain_no_match(names, pattern, types))
+        raise ValueError(_explain_no_match(names, pattern, types, channel_dim))
     return found
 
 
@@ -178,9 +190,10 @@ def _search(names: dict[str, nn.Module], pattern: Pattern, types: tuple[type[nn.
     return next(iter(by_child.values()), [])  # of one child, or of one module that has several names
 
 
-def _with_maps(names: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Leave out what is known to give no maps: linear layers, and lists and the like, which do not run."""
-    others = (nn.Linear, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+def _nameable(names: dict[str, nn.Module], channel_dim: int) -> dict[str, nn.Module]:
+    """Leave out what does not run, lists and the like, and what has its channels in the other dimension."""
+    others = (nn.Linear,) if channel_dim == 1 else CONV_LAYERS
+    others += (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
     return {name: module for name, module in names.items() if not isinstance(adapted_layer(module), others)}
 
 
@@ -200,12 +213,15 @@ def _ask(pattern: Callable[[str, nn.Module], bool], name: str, module: nn.Module
 
 
 def _explain_no_match(
-    names: dict[str, nn.Module], pattern: Pattern, types: tuple[type[nn.Module], ...] | None
+    names: dict[str, nn.Module],
+    pattern: Pattern,
+    types: tuple[type[nn.Module], ...] | None,
+    channel_dim: int,
 ) -> str:
     """Say why a pattern picked nothing, and what would have been near."""
-    may_name = types is None and isinstance(pattern, str)
+    may_name = types is None and (isinstance(pattern, str) or channel_dim == -1)
     allowed = types or ((nn.Module,) if may_name else CONV_LAYERS)
-    there = _with_maps(names) if may_name else names
+    there = _nameable(names, channel_dim) if may_name else names
     candidates = [
         name for name, module in there.items() if name and isinstance(adapted_layer(module), allowed)
     ]
@@ -216,7 +232,8 @@ def _explain_no_match(
     )
     if others:
         kinds = ", ".join(f"{name} ({called[type(names[name])]})" for name in others[:3])
-        head = f"layers={pattern!r} matches no {kind}layer{' that gives maps' * may_name}, only {kinds}"
+        gives = f" that gives {'maps' if channel_dim == 1 else 'channels last'}" * may_name
+        head = f"layers={pattern!r} matches no {kind}layer{gives}, only {kinds}"
         inside = [n for n in candidates if any(n.startswith(other + ".") for other in others)]
         widen = "" if may_name else f"; for its own output {_WIDEN}"
         if inside:

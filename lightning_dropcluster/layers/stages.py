@@ -9,8 +9,7 @@ from torch import nn
 
 from lightning_dropcluster.layers.wrappers import CONV_LAYERS, name_modules
 
-MOST_STAGES = 8
-"""Models that name more stages name their blocks."""
+_MOST_STAGES = 6  # before the last; models that name more name their blocks
 
 # Segments in names of what is no part of a stage's own path.
 _BESIDE = {"downsample", "shortcut", "pos_embed", "pos_embd", "head"}
@@ -36,6 +35,7 @@ class Visited(Protocol):
 
 
 _Visited = TypeVar("_Visited", bound=Visited)
+_Named = TypeVar("_Named")
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,19 @@ def split_stages(
     return stages
 
 
+def without_last(stages: Sequence[_Named]) -> list[_Named]:
+    """Leave out the last stage; of blocks in a row, as in a plain transformer, take the ends of quarters.
+
+    Example:
+        >>> without_last(["a", "b", "c"]), without_last(list(range(12)))
+        (['a', 'b'], [2, 5, 8])
+    """
+    blocks = len(stages)
+    if blocks <= _MOST_STAGES + 1:
+        return list(stages[:-1])
+    return [stages[round(blocks * quarter / 4) - 1] for quarter in (1, 2, 3)]
+
+
 def _timm_models(root: nn.Module) -> dict[str, nn.Module]:
     """Find the models that tell their stages, by what they have: this package does without timm."""
     found: dict[str, nn.Module] = {}
@@ -136,8 +149,7 @@ def _stages_before_last(root: nn.Module, model: str) -> list[str]:
     ]
     convs = [step for step in steps if isinstance(step.module, CONV_LAYERS)]
     convs = [conv for conv in convs if _dims(conv) >= _dims(convs[0])]  # others gate, a number a channel
-    stages = [end.name for end, _ in split_stages(steps, convs)[:-1]]
-    return stages if len(stages) <= MOST_STAGES else []
+    return without_last([end.name for end, _ in split_stages(steps, convs)])
 
 
 def _inside_out(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:

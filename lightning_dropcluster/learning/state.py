@@ -14,11 +14,15 @@ _ENTRIES = ("scope", "progress", "clusters", "shapes", "windows_opened", "window
 _PROGRESS = ("origin", "passed", "began", "every", "counts_steps")
 
 
-def read_state(state: Any, scope: str) -> dict[str, Clusters]:
+def read_state(state: Any, scope: str, channel_dim: int = 1) -> dict[str, Clusters]:
     """Check a whole state, perhaps of another version and place, and unpack the clusters in it, by name."""
     _require_entries("state_dict", state, _ENTRIES)
-    if state["scope"] != scope:
-        raise ValueError(f"state_dict: it was written with scope={state['scope']!r}, not scope={scope!r}")
+    for name, value, written in (
+        ("scope", scope, state["scope"]),
+        ("channel_dim", channel_dim, state.get("channel_dim", 1)),  # of later versions only
+    ):
+        if written != value:
+            raise ValueError(f"state_dict: it was written with {name}={written!r}, not {name}={value!r}")
     _check_progress(state["progress"])
     _check_count("windows_opened", state["windows_opened"])
     _check_count("samples_left_out", state.get("samples_left_out", 0))

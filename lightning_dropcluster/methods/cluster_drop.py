@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_dropcluster.checks import check_bool, check_choice, check_integers, check_number
+from lightning_dropcluster.layers.channels import Layout, check_channel_dim
 from lightning_dropcluster.methods.base import DropRegularizer
 from lightning_dropcluster.methods.fills import FILLS, fill_dropped
 from lightning_dropcluster.methods.label_tables import cluster_sizes, resize_labels, smallest_integer_type
@@ -133,6 +134,8 @@ class ClusterDrop(DropRegularizer):
             (number kept) over the batch, ``"expected"`` by 1 / (1 - drop_prob).
         paired: whether the two halves of each batch are to drop different clusters, for the pairs of R-Block:
             see `draw_uniform`. Needs ``per_sample``.
+        channel_dim: 1 for activations (N, C, *spatial), -1 for (N, *spatial, C). Then labels (C, H, W) also
+            fit tokens (N, P + H W, C), of which the first P stay as they are.
         inplace: whether to overwrite the input; not under ``torch.compile``, which plans memory itself.
 
     Raises:
@@ -159,6 +162,7 @@ class ClusterDrop(DropRegularizer):
         fill: str = "zero",
         rescale: str = "batch",
         paired: bool = False,
+        channel_dim: int = 1,
         inplace: bool = False,
     ) -> None:
         super().__init__(drop_prob, paired=paired)
@@ -176,6 +180,7 @@ class ClusterDrop(DropRegularizer):
         self.num_clusters = check_number("num_clusters", num_clusters, 1, integer=True)
         self.per_map, self.per_sample = per_map, per_sample
         self.fill, self.rescale, self.inplace = fill, rescale, inplace
+        self.channel_dim = check_channel_dim(channel_dim)
         self.register_buffer("labels", labels.to(smallest_integer_type(self.num_clusters), copy=True))
         # Integers, since .half() would round others.
         sizes = torch.zeros(self._num_groups, self.num_clusters, dtype=torch.int32)
@@ -227,7 +232,7 @@ class ClusterDrop(DropRegularizer):
         """Drop clusters of an activation.
 
         Args:
-            x: (N, C, *spatial), floating point.
+            x: (N, C, *spatial), floating point; with the channels where ``channel_dim`` says.
 
         Returns:
             A tensor like ``x``.
@@ -235,6 +240,19 @@ class ClusterDrop(DropRegularizer):
         Raises:
             ValueError: where the labels have other dimensions or channels than ``x``.
         """
+        layout = self._layout_of(x)
+        features, prefix = layout.split(x)
+        return layout.join(self._drop(features), prefix, x)
+
+    def _layout_of(self, x: Tensor) -> Layout:
+        """Find out whether activations are tokens of the grid that the labels have."""
+        grid = self.labels.shape[1:]
+        before = x.shape[1] - grid.numel()
+        if x.ndim != 3 or len(grid) != 2 or before < 0:
+            return Layout(self.channel_dim)
+        return Layout(self.channel_dim, None, True, before, tuple(grid))
+
+    def _drop(self, x: Tensor) -> Tensor:
         if self.labels.ndim != x.ndim - 1 or len(self.labels) not in (1, x.shape[1]):
             raise ValueError(
                 f"labels of shape {tuple(self.labels.shape)}: do not fit activations {tuple(x.shape)}"
@@ -256,12 +274,13 @@ class ClusterDrop(DropRegularizer):
             "per_sample": self.per_sample,
             "fill": self.fill,
             "rescale": self.rescale,
+            **({"channel_dim": self.channel_dim} if self.channel_dim != 1 else {}),
         }
 
 
 def _kept_ratio(keep: Tensor, sizes: Tensor, num_features: int) -> Tensor:
     """(number of features) / (number kept) over the batch, 0-d float32; finite where nothing is kept."""
     total = float(num_features * keep.shape[0])
-    # Counting what is dropped makes the ratio exactly 1 where nothing is.
     dropped = ((~keep).sum(0, dtype=torch.float32) * sizes).sum()
-    return total / (total - dropped).clamp(min=1.0)
+    # As a sum it is exactly 1 where nothing is dropped; torch divides a number by a tensor less exactly.
+    return 1.0 + dropped / (total - dropped).clamp(min=1.0)

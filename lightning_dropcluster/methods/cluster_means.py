@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_dropcluster.methods.packed_keep import look_up
+from lightning_dropcluster.methods.packed_keep import is_channels_last, look_up
 
 # Features that are worked on at once, and those of one sample among them. On a CPU what they need stays in
 # the cache; elsewhere few operations count, and memory on the way is bounded.
@@ -26,7 +26,7 @@ def fill_means_whole(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> 
     """
     if _are_whole_maps(labels):
         return _fill_whole_maps(x, labels, keep, scale)
-    last = _is_channels_last(x)
+    last = is_channels_last(x)
     index, keep, sizes = _clusters_of_maps(x, labels, keep)
     flat = _flat_index(index, sizes.shape[1], last)
     return _fill(x, flat, _weights(x, keep, scale), sizes, last).to(x.dtype)
@@ -45,7 +45,7 @@ def fill_means(out: Tensor, x: Tensor, labels: Tensor, keep: Tensor, scale: Tens
     if _are_whole_maps(labels):
         out.copy_(_fill_whole_maps(x, labels, keep, scale))
         return
-    last = _is_channels_last(x)
+    last = is_channels_last(x)
     index, keep, sizes = _clusters_of_maps(x, labels, keep)
     weights = _weights(x, keep, scale)
     maps, samples = _slice_shape(index, last, x.device.type)
@@ -131,7 +131,3 @@ def _slice_shape(labels: Tensor, last: bool, device: str) -> tuple[int, int]:
 
 def _are_whole_maps(labels: Tensor) -> bool:
     return labels.ndim > 1 and labels.shape[1:].numel() == 1
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lightning_dropcluster.methods.cluster_means import fill_means, fill_means_whole
-from lightning_dropcluster.methods.packed_keep import look_up, multiply_packed, packing_pays
+from lightning_dropcluster.methods.packed_keep import is_channels_last, look_up, multiply_packed, packing_pays
 
 FILLS = ("zero", "mean")
 
@@ -117,7 +117,7 @@ def _fill_compiled(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor, fill:
 
 def _multiply(out: Tensor, x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> None:
     """Multiply by the looked-up table, in the order in which the activation lies in memory."""
-    if x.is_contiguous() or not x.movedim(1, -1).is_contiguous():
+    if not is_channels_last(x):
         _multiply_into(out, x, labels.long(), keep, scale)
     else:
         first = 0 if keep.shape[1] == 1 else torch.arange(keep.shape[1], device=x.device) * keep.shape[2]

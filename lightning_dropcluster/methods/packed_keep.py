@@ -34,6 +34,11 @@ def multiply_packed(out: Tensor, x: Tensor, index: Tensor, keep: Tensor, scale: 
             there.mul_(scale)
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of each sample (N, C, *spatial) lie side by side in memory."""
+    return not x.is_contiguous() and x[:1].movedim(1, -1).is_contiguous()
+
+
 def look_up(table: Tensor, index: Tensor) -> Tensor:
     """Spread a table (N, R or 1, K) by an index (R, ...) of integers in [0, K): (N, R, ...)."""
     rows = index.reshape(len(index), -1).expand(len(table), -1, -1)

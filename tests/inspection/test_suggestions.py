@@ -91,7 +91,7 @@ def test_families(family):
         ("nest_tiny", ("levels.0", "levels.1")),  # no conv of its own in the first
         ("inception_v3", ("Mixed_5d", "Mixed_6e")),  # single convs are no stages
         ("selecsls42b", ()),  # all but the head give lists
-        ("convmixer_768_32", ()),  # all of its 32 blocks are said to be stages
+        ("convmixer_768_32", ("blocks.7", "blocks.15", "blocks.23")),  # all of its 32 blocks are stages
         ("swin_tiny_patch4_window7_224", ()),  # channels last
         ("vit_tiny_patch16_224", ()),  # tokens
         ("xception41", ()),  # whose stages end inside blocks, which have shortcuts around them

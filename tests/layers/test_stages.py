@@ -117,7 +117,15 @@ def test_with_two_models_there_are_the_stages_of_each_to_copy():
     ]
 
 
-@pytest.mark.parametrize("family", ["vit_tiny_patch16_224", "xception41", "convmixer_768_32"])
+@pytest.mark.parametrize(
+    ("family", "blocks"),
+    [("vit_tiny_patch16_224", (2, 5, 8)), ("mixer_s16_224", (1, 3, 5)), ("convmixer_768_32", (7, 15, 23))],
+)
+def test_of_many_blocks_in_a_row_they_are_the_ends_of_quarters(family, blocks):
+    assert list(default_layers(on_meta(family))) == [f"blocks.{block}" for block in blocks]
+
+
+@pytest.mark.parametrize("family", ["mvitv2_tiny", "xception41"])
 def test_models_whose_stages_cannot_be_taken_say_so(family):
     with pytest.raises(
         ValueError, match=r"tells no stages whose outputs could be taken; say which, for .*layers="
@@ -158,12 +166,12 @@ def test_a_callback_without_layers_takes_them_and_says_which(loader, caplog, mak
     assert "'layers': None" in callback.state_key
 
 
-def test_stages_that_give_no_maps_are_named_in_the_first_step(loader):
+def test_stages_of_another_number_of_channels_are_named_in_the_first_step(loader):
     swin = SwinTransformer(
         img_size=32, patch_size=2, embed_dim=8, depths=(1, 1), num_heads=(1, 1), num_classes=4
     )
-    module = Classifier(swin)
+    swin.feature_info[0]["num_chs"] = 9
     with pytest.raises(
-        ValueError, match=r"takes 'model.layers.0' for a stage of 8 .* has shape \(8, 16, 16, 8\)"
+        ValueError, match=r"takes 'model.layers.0' for a stage of 9 .* has shape \(8, 16, 16, 8\), neither"
     ):
-        make_trainer(DropCluster()).fit(module, loader)
+        make_trainer(DropCluster()).fit(Classifier(swin), loader)
