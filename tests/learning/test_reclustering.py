@@ -150,9 +150,8 @@ def test_layers_that_are_alike_are_clustered_together_as_far_as_memory_allows(mo
     sketches = {name: make_sketch(seed=seed) for seed, name in enumerate("abc")}
     sketches["odd"] = make_sketch((2, 8))
     old = {"c": torch.arange(120).reshape(SHAPE) % 4}
-    alone = [
-        cluster_share({name: one}, old, Spy(), Grouping(num_clusters=4)) for name, one in sketches.items()
-    ]
+    grouping = Grouping(num_clusters=4)
+    alone = [cluster_share({name: one}, old, Spy(), grouping) for name, one in sketches.items()]
     monkeypatch.setattr(reclustering, "_TOGETHER", limit)
     spy = Spy()
     labels = cluster_share(sketches, old, spy, grouping)
