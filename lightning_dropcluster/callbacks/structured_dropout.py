@@ -187,7 +187,7 @@ class StructuredDropout(LayerCallback):
             model: the LightningModule.
 
         Raises:
-            ValueError: where the patterns pick no layers, or a regulariser cannot be made.
+            ValueError: if the patterns pick no layers, or a regulariser cannot be made.
         """
         self._layers.register(self._select(model))
 

@@ -91,7 +91,7 @@ def list_layers(
         sketch_dim: dimensions of the sketch.
 
     Raises:
-        ValueError: where there is no such model, or an argument does not fit it.
+        ValueError: if there is no such model, or an argument does not fit it.
     """
     from lightning_dropcluster.cli.models import show_layers
 
@@ -118,8 +118,8 @@ def plot(
         max_maps: feature maps drawn of each layer at most.
 
     Raises:
-        ValueError: where an argument is wrong, or there are no clusters.
-        OSError: where a file cannot be read or written.
+        ValueError: if an argument is wrong, or there are no clusters.
+        OSError: if a file cannot be read or written.
     """
     from lightning_dropcluster.checks import check_number
     from lightning_dropcluster.cli.checkpoints import (

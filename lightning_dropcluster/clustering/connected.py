@@ -20,7 +20,7 @@ class Ward:
     ``pip install '.[ward]'`` in the clone.
 
     Raises:
-        ImportError: at construction, where scikit-learn is missing.
+        ImportError: at construction, if scikit-learn is missing.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Ward:
             int64 labels (B, F).
 
         Raises:
-            ValueError: where there is no grid.
+            ValueError: if there is no grid.
         """
         return _fit_each(_ward, profiles, num_clusters, grid)
 
@@ -57,7 +57,7 @@ class ReNA:
     ``pip install '.[rena]'`` in the clone.
 
     Raises:
-        ImportError: at construction, where nilearn is missing.
+        ImportError: at construction, if nilearn is missing.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class ReNA:
             int64 labels (B, F).
 
         Raises:
-            ValueError: where there is no grid.
+            ValueError: if there is no grid.
         """
         return _fit_each(_rena, profiles, num_clusters, grid)
 

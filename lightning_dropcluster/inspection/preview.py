@@ -118,9 +118,9 @@ def preview(
     the random generators.
 
     Args:
-        module: a LightningModule or any other module. Where it has no ``forward`` of its own, its children
+        module: a LightningModule or any other module. If it has no ``forward`` of its own, its children
             that hold picked layers are called instead.
-        layers: as for `DropCluster`; all conv layers where nothing is given and no model tells its stages.
+        layers: as for `DropCluster`; all conv layers if none are given and no timm model names its stages.
         example_input: a batch as ``forward`` takes it (a tensor, a tuple of arguments or a dict of keyword
             arguments), or the shape (C, *spatial) of one sample as a tuple of integers. ``None`` takes the
             module's ``example_input_array``.
@@ -135,8 +135,8 @@ def preview(
         The layers picked and common patterns; printing it shows a table.
 
     Raises:
-        TypeError: where an argument has a wrong type.
-        ValueError: where an argument is out of its range, a pattern picks nothing, or there is no input.
+        TypeError: if an argument has the wrong type.
+        ValueError: if an argument is out of its range, a pattern picks nothing, or there is no input.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, stride=2))

@@ -31,8 +31,8 @@ def select_layers(
     """Return the layers of a model that name patterns pick.
 
     A pattern takes the conv layers that it matches; where it matches none, the modules that it names, such as
-    the stages ``"layer[1-3]"``. Without a pattern these are the stages but the last of the one timm model
-    inside, as its ``feature_info`` tells them.
+    the stages ``"layer[1-3]"``. Without a pattern, it takes all stages but the last of the one timm model
+    inside, as its ``feature_info`` names them.
 
     Names are those of ``root.named_modules()`` without the segments that ``torch.compile``, FSDP,
     DataParallel, activation checkpointing, Opacus and PEFT insert. An adapter of PEFT counts as the layer
@@ -57,8 +57,8 @@ def select_layers(
         once, under the first of the names that were picked.
 
     Raises:
-        TypeError: where an argument has a wrong type.
-        ValueError: where a pattern is empty or no valid expression, picks no layer, or picks layers in two
+        TypeError: if an argument has the wrong type.
+        ValueError: if a pattern is empty or no valid expression, picks no layer, or picks layers in two
             direct children of the root, and where there is no pattern and not one timm model; the message
             lists the nearest names, or patterns to copy.
 

@@ -61,8 +61,8 @@ class AdvancedDropout(Regularizer):
         paired: see `Regularizer`.
 
     Raises:
-        TypeError: where an argument has a wrong type.
-        ValueError: where it is out of its range.
+        TypeError: if an argument has the wrong type.
+        ValueError: if it is out of range.
 
     Example:
         >>> AdvancedDropout(64)

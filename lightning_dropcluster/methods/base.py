@@ -23,7 +23,7 @@ class Regularizer(nn.Module, ABC):
         shift: see `draw_uniform`; for ranks that are seeded alike.
 
     Raises:
-        TypeError: where an argument has a wrong type.
+        TypeError: if an argument has the wrong type.
     """
 
     def __init__(self, *, paired: bool = False) -> None:
@@ -84,8 +84,8 @@ class DropRegularizer(Regularizer):
         paired: see `Regularizer`.
 
     Raises:
-        TypeError: where an argument has a wrong type.
-        ValueError: where it is out of its range.
+        TypeError: if an argument has the wrong type.
+        ValueError: if it is out of range.
     """
 
     drop_prob: Tensor
@@ -102,8 +102,8 @@ class DropRegularizer(Regularizer):
             drop_prob: in [0, 1).
 
         Raises:
-            TypeError: where it is no number.
-            ValueError: where it is out of range.
+            TypeError: if it is no number.
+            ValueError: if it is out of range.
         """
         drop_prob = check_number("drop_prob", drop_prob, 0, 1, high_open=True)
         self.drop_prob.fill_(min(drop_prob, _BELOW_ONE))

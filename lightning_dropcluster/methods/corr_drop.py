@@ -15,7 +15,7 @@ _POOLS = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 
 
 def corr_drop(x: Tensor, drop_prob: Tensor | float, block_size: int, *, draw: Draw = draw_uniform) -> Tensor:
-    """Drop square tiles of all feature maps at once, rather those that correlate little with the others.
+    """Drop square tiles of all feature maps at once, preferably those that correlate little with the others.
 
     Each map is cut into tiles, a tile is described by its mean in each feature map, and dropped with the
     probability of `uncorrelated_drop_prob`. What is kept is scaled by (number of features) / (number kept)
@@ -38,7 +38,7 @@ def corr_drop(x: Tensor, drop_prob: Tensor | float, block_size: int, *, draw: Dr
         A tensor like ``x``: same shape, dtype, device and memory format.
 
     Raises:
-        ValueError: where ``x`` has no spatial dimensions.
+        ValueError: if ``x`` has no spatial dimensions.
 
     Example:
         >>> corr_drop(torch.ones(1, 1, 4), 0.0, block_size=2)
@@ -53,7 +53,7 @@ def corr_drop(x: Tensor, drop_prob: Tensor | float, block_size: int, *, draw: Dr
 
 
 def channel_corr_drop(x: Tensor, drop_prob: Tensor | float, *, draw: Draw = draw_uniform) -> Tensor:
-    """Drop whole feature maps, rather those that correlate little with the others.
+    """Drop whole feature maps, preferably those that correlate little with the others.
 
     Source: the channel variant of CorrDrop, see `corr_drop`.
 
@@ -112,8 +112,8 @@ class CorrDrop(DropRegularizer):
         paired: see `Regularizer`.
 
     Raises:
-        TypeError: where an argument has a wrong type.
-        ValueError: where it is out of its range.
+        TypeError: if an argument has the wrong type.
+        ValueError: if it is out of range.
 
     Example:
         >>> CorrDrop(0.1, block_size=5)

@@ -40,7 +40,7 @@ def drop_block(
         A tensor like ``x``: same shape, dtype, device and memory format.
 
     Raises:
-        ValueError: where ``x`` has no spatial dimensions.
+        ValueError: if ``x`` has no spatial dimensions.
 
     Example:
         >>> drop_block(torch.ones(1, 1, 4), 0.0, block_size=3)
@@ -64,7 +64,7 @@ def block_and_places(x: Tensor, block_size: int) -> tuple[tuple[int, ...], tuple
         Two tuples with a number for each spatial dimension.
 
     Raises:
-        ValueError: where ``x`` has no spatial dimensions.
+        ValueError: if ``x`` has no spatial dimensions.
 
     Example:
         >>> block_and_places(torch.ones(2, 3, 5, 9), block_size=7)
@@ -102,7 +102,7 @@ def seed_prob(spatial: Sequence[int], drop_prob: Tensor | float, block_size: int
 def expected_drop_rate(spatial: Sequence[int], drop_prob: float, block_size: int) -> float:
     """Return the share of features that `drop_block` drops on average.
 
-    A feature is kept where none of the seeds whose blocks cover it is drawn.
+    A feature is kept if none of the seeds whose blocks cover it is drawn.
 
     Args:
         spatial: size of the map.
@@ -157,14 +157,14 @@ class DropBlock(DropRegularizer):
     """Drop square blocks of features; see `functional.drop_block`.
 
     Args:
-        drop_prob: probability in [0, 1) that a feature is dropped, where blocks did not overlap.
+        drop_prob: probability in [0, 1) that a feature is dropped, if blocks did not overlap.
         block_size: side of a block, at least 1; cut to the size of smaller maps.
         per_map: True draws for each feature map, False once for all feature maps of a sample.
         paired: see `Regularizer`; blocks of a pair never begin at the same feature, but may overlap.
 
     Raises:
-        TypeError: where an argument has a wrong type.
-        ValueError: where it is out of its range.
+        TypeError: if an argument has the wrong type.
+        ValueError: if it is out of range.
 
     Example:
         >>> DropBlock(0.1, block_size=5)

@@ -48,7 +48,7 @@ def draw_uniform(
         A float32 tensor of that shape.
 
     Raises:
-        ValueError: where pairs are asked for of an odd batch.
+        ValueError: if pairs are asked for of an odd batch.
 
     Example:
         >>> first, second = draw_uniform((2, 100), paired=True) < 0.4

@@ -17,7 +17,7 @@ def prob_drop_block(
     per_map: bool = True,
     draw: Draw = draw_uniform,
 ) -> Tensor:
-    """Drop blocks of features, rather where the activation is large.
+    """Drop blocks of features, more often where the activation is large.
 
     A block's seed is drawn with the probability gamma |x_i| / mean |x|, where gamma is that of `drop_block`,
     x_i the feature in the middle of the block, and the mean is over the middles of all blocks of the map, so
@@ -26,7 +26,7 @@ def prob_drop_block(
     of the activation's magnitude falls nevertheless. Where all are alike this is `drop_block`.
 
     Source: ProbDropBlock, https://arxiv.org/abs/2210.02570, which drops contiguous blocks "with a probability
-    given by the normalized feature salience values". We had its abstract alone: magnitude as salience, its
+    given by the normalized feature salience values". We had only its abstract: magnitude as salience, its
     normalisation, and DropBlock's gamma and rescaling are our reading.
 
     Args:
@@ -41,7 +41,7 @@ def prob_drop_block(
         A tensor like ``x``: same shape, dtype, device and memory format.
 
     Raises:
-        ValueError: where ``x`` has no spatial dimensions.
+        ValueError: if ``x`` has no spatial dimensions.
 
     Example:
         >>> prob_drop_block(torch.ones(1, 1, 4), 0.0, block_size=3)
@@ -77,10 +77,10 @@ def relative_salience(x: Tensor, block: Sequence[int], places: Sequence[int]) ->
 
 
 class ProbDropBlock(DropBlock):
-    """Drop square blocks, rather where the activation is large; see `functional.prob_drop_block`.
+    """Drop square blocks, more often where the activation is large; see `functional.prob_drop_block`.
 
     Args:
-        drop_prob: probability in [0, 1) that a feature of average magnitude is dropped, where blocks did not
+        drop_prob: probability in [0, 1) that a feature of average magnitude is dropped, if blocks did not
             overlap.
         block_size: side of a block, at least 1; cut to the size of smaller maps.
         per_map: True draws for each feature map by its own salience, False once for all feature maps of a

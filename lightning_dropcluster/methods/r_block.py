@@ -23,7 +23,7 @@ def r_block_loss(
     It is (task(first) + task(second)) / 2 + weight (KL(p1 || p2) + KL(p2 || p1)) / 2.
 
     Source: R-Block, https://arxiv.org/abs/2307.15150, which makes the outputs of two sub-models agree whose
-    drop regions differ. We had its abstract alone; the loss is that of R-Drop, its parent,
+    drop regions differ. We had only its abstract; the loss is that of R-Drop, its parent,
     https://arxiv.org/abs/2106.14448, which sums the task losses: its alpha is twice our weight.
 
     Args:
@@ -57,7 +57,7 @@ def disagreement(first: Tensor, second: Tensor) -> Tensor:
         better.
 
     Raises:
-        ValueError: where the shapes differ.
+        ValueError: if the shapes differ.
 
     Example:
         >>> disagreement(torch.zeros(3, 4), torch.ones(3, 4))

@@ -47,8 +47,8 @@ def plot_history(
         title: what the layer is called.
         scope: what was grouped, as for `DropCluster`.
         max_maps: at most this many of the first feature maps are drawn, at least 1.
-        max_moments: of more moments, this many evenly spaced ones are drawn, the first and last among them;
-            at least 2.
+        max_moments: if there are more moments, this many evenly spaced ones are drawn, the first and the last
+            included; at least 2.
 
     Returns:
         The figure.
