@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ARGS ?=
+CHECK_ARGS ?=
+BUNDLE_ARGS ?=
 PYTEST_ARGS ?=
 
 # Else threads of torch and FAISS that have nothing to do spin, and take the cores from those that have.
@@ -51,6 +53,14 @@ bench: .venv/.installed ## Train with and without the callback on the digits; on
 	$(BIN)/python -m benchmarks.gain.train --regularizer none
 	$(BIN)/python -m benchmarks.gain.train --regularizer dropcluster
 
+.PHONY: gpu-check
+gpu-check: $(if $(wildcard .gpu),,.venv/.installed) ## Try all of it on a GPU in ten minutes, against goals; options in CHECK_ARGS
+	@python=$(BIN)/python; [ -x $$python ] || python=$(PYTHON); $$python -m benchmarks.gpu.check $(CHECK_ARGS)
+
+.PHONY: gpu-bundle
+gpu-bundle: .venv/.installed ## Pack into .gpu/ what a GPU machine without internet lacks
+	$(BIN)/python -m benchmarks.gpu.bundle $(BUNDLE_ARGS)
+
 .PHONY: docs
 docs: .venv/.installed ## Build the documentation into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
@@ -75,4 +85,4 @@ constraints: ## Pin what the newest releases resolve to
 
 .PHONY: clean
 clean: ## Remove what the other targets made
-	rm -rf .venv .coverage .pytest_cache .ruff_cache .hypothesis .import_linter_cache demo site build dist *.egg-info
+	rm -rf .venv .gpu .coverage .pytest_cache .ruff_cache .hypothesis .import_linter_cache demo site build dist *.egg-info

@@ -252,7 +252,7 @@ def jitter(images: Tensor, generator: Generator, mirror: bool) -> Tensor:
 
     Args:
         images: (N, C, H, W).
-        generator: draws the shifts and mirrorings.
+        generator: draws the shifts and mirrorings, on the device of the images.
         mirror: whether to mirror at all.
 
     Returns:
@@ -260,12 +260,15 @@ def jitter(images: Tensor, generator: Generator, mirror: bool) -> Tensor:
     """
     n, _, height, width = images.shape
     pad = max(height, width) // 8
-    top, left = torch.randint(2 * pad + 1, (2, n, 1), generator=generator)
-    rows, columns = top + torch.arange(height), left + torch.arange(width)
+    top, left = torch.randint(2 * pad + 1, (2, n, 1), generator=generator, device=images.device)
+    rows, columns = (torch.arange(side, device=images.device) for side in (height, width))
+    rows, columns = top + rows, left + columns
     if mirror:
-        columns = torch.where(torch.rand(n, 1, generator=generator) < 0.5, columns.flip(1), columns)
+        is_turned = torch.rand(n, 1, generator=generator, device=images.device) < 0.5
+        columns = torch.where(is_turned, columns.flip(1), columns)
     padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
-    moved = padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    image = torch.arange(n, device=images.device)[:, None, None]
+    moved = padded[image, rows[:, :, None], columns[:, None, :]]
     return moved.permute(0, 3, 1, 2).contiguous()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -60,10 +61,13 @@ def versions() -> dict[str, str | None]:
 
 
 def commit(root: Path = ROOT) -> str | None:
-    """Name the commit checked out in `root`, marked "-dirty" if the code differs; None outside of git."""
+    """Name the commit checked out in `root`, marked "-dirty" if the code differs.
+
+    Outside of git it is what the environment says, BENCHMARK_COMMIT, or None.
+    """
     head = _git(root, "rev-parse", "HEAD")
     if head is None:
-        return None
+        return os.environ.get("BENCHMARK_COMMIT")
     return head + ("-dirty" if _git(root, "status", "--porcelain", "--", *CODE) else "")
 
 
@@ -84,12 +88,17 @@ def device_name(device: torch.device | None = None) -> str:
 
 def write_line(record: dict[str, Any], out: str | None = None) -> None:
     """Print a record as one line of JSON and append it to the file `out`, if given."""
-    line = json.dumps(record, allow_nan=False)
     if out is not None:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        with Path(out).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    print(line, flush=True)
+        append_line(record, out)
+    print(json.dumps(record, allow_nan=False), flush=True)
+
+
+def append_line(record: dict[str, Any], out: str) -> None:
+    """Append a record to the file `out` as one line of JSON."""
+    line = json.dumps(record, allow_nan=False)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    with Path(out).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 def _version(distribution: str) -> str | None:

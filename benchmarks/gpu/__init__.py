@@ -1,0 +1,1 @@
+"""One run on a GPU that says what meets its goals."""

@@ -1,0 +1,63 @@
+"""Run the tests that need a GPU, file by file: what one file breaks on the device stays in its process."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.common.record import ROOT, provenance, write_line
+
+MARK = re.compile(r"mark\.gpu\b")
+# A newer or older torch may warn of what is no fault here.
+OPTIONS = ("-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "-q", "--no-header", "-rfE")
+COUNTED = ("passed", "failed", "error", "skipped")
+
+
+def main() -> int:
+    """Write a record for each file and one for all; the exit code is 0 where all that ran passed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--files", type=int, default=None, help="run so many files only, the smallest")
+    parser.add_argument("--out", default=None, help="file to which the records are appended as well")
+    options = parser.parse_args()
+    total = dict.fromkeys(COUNTED, 0)
+    for path in files_to_run()[: options.files]:
+        record = run_file(path)
+        write_line({"benchmark": "gpu tests", **record}, options.out)
+        total = {word: total[word] + record[word] for word in COUNTED}
+    bad = total["failed"] + total["error"]
+    write_line({"benchmark": "gpu tests", "file": "all", **total, "bad": bad, **provenance()}, options.out)
+    return int(bad > 0)
+
+
+def files_to_run() -> list[Path]:
+    """Find the files with such tests, small ones first; others need not even import."""
+    found = [path for path in (ROOT / "tests").rglob("test_*.py") if MARK.search(path.read_text())]
+    return sorted(found, key=lambda path: path.stat().st_size)
+
+
+def run_file(path: Path) -> dict[str, object]:
+    """Run one file's tests and count them; a process that crashed is an error."""
+    started = time.monotonic()
+    command = [sys.executable, "-m", "pytest", *OPTIONS, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout, done.stderr, file=sys.stderr, flush=True)
+    counts = {word: count(done.stdout, word) for word in COUNTED}
+    if done.returncode not in (0, 1):
+        counts["error"] += 1
+    told = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    where = {"file": str(path.relative_to(ROOT)), "exit_code": done.returncode}
+    return {**where, **counts, "seconds": round(time.monotonic() - started, 1), "told": told}
+
+
+def count(printed: str, word: str) -> int:
+    """Read a number off pytest's last line, as in "2 failed, 13 passed in 4.2s"."""
+    found = re.findall(rf"(\d+) {word}", printed.rsplit("\n", 2)[-2] if "\n" in printed else "")
+    return int(found[0]) if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
