@@ -151,7 +151,9 @@ def look(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return {name: torch.cat(outputs) for name, outputs in seen.items()}
 
 
-def random_fields(channels: int, side: int, *, maps: int, samples: int) -> Activations:
+def random_fields(
+    channels: int, side: int, *, maps: int, samples: int, device: torch.device | None = None
+) -> Activations:
     """Make fields that are smooth on every scale, as features of images are.
 
     Each map mixes noise of all scales in weights of its own, which change by a tenth between the windows.
@@ -161,19 +163,21 @@ def random_fields(channels: int, side: int, *, maps: int, samples: int) -> Activ
         side: of a map.
         maps: how many to make.
         samples: in each window.
+        device: where; the CPU by default.
 
     Returns:
         The activations.
     """
-    generator = Generator().manual_seed(side)
+    generator = Generator(device or "cpu").manual_seed(side)
+    where: Any = {"generator": generator, "device": device}
     scales = [2**power for power in range(1, max(2, side.bit_length()))]
-    weights = 0.5 + torch.rand(len(scales), maps, 1, 1, generator=generator)
-    moved = weights * (1 + 0.1 * torch.randn(weights.shape, generator=generator))
+    weights = 0.5 + torch.rand(len(scales), maps, 1, 1, **where)
+    moved = weights * (1 + 0.1 * torch.randn(weights.shape, **where))
     windows = []
     for mix in (weights, moved):
-        fields = 0.3 * torch.randn(samples, maps, side, side, generator=generator)
+        fields = 0.3 * torch.randn(samples, maps, side, side, **where)
         for scale, weight in zip(scales, mix, strict=True):
-            noise = torch.randn(samples, maps, scale, scale, generator=generator)
+            noise = torch.randn(samples, maps, scale, scale, **where)
             smooth = F.interpolate(noise, size=(side, side), mode="bilinear")
             fields += smooth * weight * (2 / scale) ** 0.5
         windows.append(fields)
