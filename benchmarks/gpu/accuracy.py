@@ -107,7 +107,7 @@ class Contest:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        net = net.to(self.device, memory_format=torch.channels_last)
+        net = net.to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         trainer.fit(FastClassifier(net, self.settings.batch_size), batches)
         return net.to(self.device)  # Lightning leaves it on the CPU
 

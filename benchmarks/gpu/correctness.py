@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common.record import ROOT, provenance, write_line
 
@@ -23,11 +25,11 @@ def main() -> int:
     parser.add_argument("--files", type=int, default=None, help="run so many files only, the smallest")
     parser.add_argument("--out", default=None, help="file to which the records are appended as well")
     options = parser.parse_args()
-    total = dict.fromkeys(COUNTED, 0)
+    total = Counter(dict.fromkeys(COUNTED, 0))
     for path in files_to_run()[: options.files]:
         record = run_file(path)
         write_line({"benchmark": "gpu tests", **record}, options.out)
-        total = {word: total[word] + record[word] for word in COUNTED}
+        total.update({word: record[word] for word in COUNTED})
     bad = total["failed"] + total["error"]
     write_line({"benchmark": "gpu tests", "file": "all", **total, "bad": bad, **provenance()}, options.out)
     return int(bad > 0)
@@ -39,7 +41,7 @@ def files_to_run() -> list[Path]:
     return sorted(found, key=lambda path: path.stat().st_size)
 
 
-def run_file(path: Path) -> dict[str, object]:
+def run_file(path: Path) -> dict[str, Any]:
     """Run one file's tests and count them; a process that crashed is an error."""
     started = time.monotonic()
     command = [sys.executable, "-m", "pytest", *OPTIONS, str(path)]

@@ -7,6 +7,7 @@ learn faster. Ours has residual connections, trains for longer, and averages no 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -131,7 +132,7 @@ class FastClassifier(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return F.cross_entropy(self.net(batch[0]), batch[1], label_smoothing=LABEL_SMOOTHING)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> Any:
         learned = [weight for weight in self.parameters() if weight.requires_grad]
         biases = [m.bias for m in self.net.modules() if isinstance(m, nn.BatchNorm2d)]
         others = [weight for weight in learned if all(weight is not bias for bias in biases)]

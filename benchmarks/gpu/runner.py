@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class Goal:
 
     Args:
         what: for the table.
-        key: of the entry; of several records the worst counts.
+        key: of the entry, with dots where it is inside of others; of several records the worst counts.
         at_most: bound from above; or
         at_least: from below; without either the entry is shown and never missed.
         where: other entries that the record must have.
@@ -41,16 +42,17 @@ class Goal:
     def measured(self, records: Sequence[Mapping[str, Any]]) -> float | None:
         """Look the entry up; None where no record has it."""
         fitting = [record for record in records if self.where.items() <= record.items()]
-        values = [record[self.key] for record in fitting if record.get(self.key) is not None]
+        found = [reduce(lambda part, key: (part or {}).get(key), self.key.split("."), r) for r in fitting]
+        values: list[Any] = [value for value in found if value is not None]
         return (min if self.at_least is not None else max)(values, default=None)
 
     def is_met(self, value: float | None) -> bool | None:
         """Whether it is; None where there is nothing to meet, False where nothing was measured."""
-        if self.at_most is None and self.at_least is None:
-            return None
-        if value is None:
-            return False
-        return self.at_least <= value if self.at_most is None else value <= self.at_most
+        if self.at_most is not None:
+            return value is not None and value <= self.at_most
+        if self.at_least is not None:
+            return value is not None and value >= self.at_least
+        return None
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ class Settings:
 def step_cases(settings: Settings, device: torch.device) -> dict[str, Step]:
     """Forward and backward of one model, whose hooks are always on: with each kind acting, or none."""
     torch.manual_seed(0)
-    model = timm.create_model(settings.model).to(device, memory_format=torch.channels_last)
+    model: nn.Module = timm.create_model(settings.model).to(device)
+    model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     images = torch.randn(settings.batch_size, 3, settings.size, settings.size, device=device)
     images = images.to(memory_format=torch.channels_last)
     modules = select_layers(model, settings.layers)

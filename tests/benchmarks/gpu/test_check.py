@@ -64,6 +64,7 @@ def test_goals():
     assert [Goal("", "ratio", at_most=0).is_met(value) for value in (0, 1, None)] == [True, False, False]
     assert [Goal("", "ratio", at_least=1).is_met(value) for value in (0, 1, None)] == [False, True, False]
     assert Goal("", "ratio").is_met(3.0) is None
+    assert Goal("", "seconds.ratio").measured([{"seconds": {"ratio": 1.1}}, {"case": "other"}]) == 1.1
 
 
 def test_it_prints_a_table_and_keeps_records(tmp_path, env, monkeypatch, capsys):
