@@ -11,23 +11,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_dropcluster.layers.norm_statistics import is_clean_step
+
 NAMES = ("running_mean", "running_var")
 
 
 class OldAverages(pl.Callback):
-    """Follows the running averages that all steps would have moved, whatever is done to the real ones.
+    """Follows running averages through the steps that are not clean, whatever is done to the real ones.
 
-    One training can then be scored with both. Steps that `clean_statistics` lets drop nothing count here too,
-    so what it mends is, if anything, understated.
+    One training can then be scored with both. Clean steps do not count: without `clean_statistics` there
+    would be none, and the last steps alone, all of them clean, would mend most of these averages too.
     """
 
     def __init__(self) -> None:
         self._old: dict[nn.Module, list[Tensor]] = {}
+        self._counts = True
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         norms = [module for module in pl_module.modules() if isinstance(module, _BatchNorm)]
         self._old = {norm: [average.clone() for average in _averages(norm)] for norm in norms}
         self._handles = [handle for norm in norms for handle in self._hook(norm)]
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        left = trainer.estimated_stepping_batches - trainer.global_step
+        self._counts = not is_clean_step(trainer.global_step, left)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for handle in self._handles:
@@ -41,7 +50,7 @@ class OldAverages(pl.Callback):
 
         def follow(module: nn.Module, inputs: Any, output: Tensor) -> None:
             """Move by what the batch adds: the average after it less what stays of the one before."""
-            if norm.training:
+            if norm.training and self._counts:
                 kept = 1 - (norm.momentum or 0.0)
                 for old, was, now in zip(self._old[norm], before, _averages(norm), strict=True):
                     old.mul_(kept).add_(now - kept * was)

@@ -58,8 +58,8 @@ class Settings:
         schedule: how the drop probability grows from there to the end.
         clean_statistics: let BatchNorm's running averages follow steps that drop nothing; off by default, as
             in all runs from before there was a choice.
-        old_averages: score once more with BatchNorm's running averages as they are where every step
-            moves them.
+        old_averages: where something is dropped, score once more with BatchNorm's running averages as the
+            steps that drop would have left them.
         block_size: side of the blocks of "drop_block", "prob_drop_block" and "corr_drop".
         pair_weight: above 0, train by R-Block: on each batch and a copy of it from which other features are
             dropped, with this weight of their disagreement.

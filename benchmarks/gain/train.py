@@ -90,7 +90,7 @@ def run(settings: Settings) -> dict[str, Any]:
         batches = build_batches(settings)
         classifier = build_classifier(settings, len(batches.data.classes))
         callback = build_callback(settings, classifier.model)
-        averages = OldAverages() if settings.old_averages else None
+        averages = OldAverages() if settings.old_averages and callback is not None else None
         trainer = build_trainer(settings, callback, averages)
         seconds = timed_fit(trainer, classifier, batches)
         scores = score(trainer, classifier, batches, settings.corrupted_samples)
