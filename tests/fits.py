@@ -45,6 +45,13 @@ def tiny_resnet() -> nn.Module:
     return ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=4)
 
 
+def two_convs() -> nn.Module:
+    """A net that compiles in a quarter of a ResNet's time."""
+    torch.manual_seed(0)
+    convs = [nn.Sequential(nn.Conv2d(i, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU()) for i in (3, 8)]
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
 def make_loader(num_samples: int = 32, batch_size: int = 8, size: int = 32) -> DataLoader:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(num_samples, 3, size, size, generator=generator)

@@ -8,7 +8,16 @@ from contextlib import nullcontext
 import pytest
 import pytorch_lightning as pl
 import torch
-from fits import At, Classifier, ResumableLoader, count_hooks, make_loader, make_trainer, tiny_resnet
+from fits import (
+    At,
+    Classifier,
+    ResumableLoader,
+    count_hooks,
+    make_loader,
+    make_trainer,
+    tiny_resnet,
+    two_convs,
+)
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -253,7 +262,8 @@ def test_compiled_models_compile_four_times_and_never_break(loader, moment):
                 self.model = torch.compile(self.model, backend=counter, fullgraph=True)
 
     torch._dynamo.reset()
-    module, callback = Compiled(), make_callback(LAYERS, every_n_epochs=1)
+    module = Compiled(tiny_resnet() if moment == "before fit" else two_convs())
+    callback = make_callback(LAYERS if moment == "before fit" else "[01].0", every_n_epochs=1)
     if moment in ("before fit", "after validate"):
         module.model = torch.compile(module.model, backend=counter, fullgraph=True)
     elif moment == "in place":
@@ -264,7 +274,7 @@ def test_compiled_models_compile_four_times_and_never_break(loader, moment):
         trainer.validate(module, loader, verbose=False)
         counter.clear()
     trainer.fit(module, loader)
-    assert list(callback.labels) == ["model.layer1.0.conv2", "model.layer2.0.conv2"]
+    assert len(callback.labels) == 2
     assert counter.frame_count == 4  # idle, gathering, dropping, and clean steps in between
 
 
@@ -352,7 +362,9 @@ def test_labels_come_with_the_step_that_fills_the_window(loader):
 def test_steps_between_reclusterings_count_optimiser_steps(loader):
     callback, opened = make_callback(start=0.0, every_n_epochs=None, every_n_train_steps=2, num_samples=8), []
     trainer = make_trainer(
-        callback, At(lambda *_: opened.append(callback._layers.windows_opened)), accumulate_grad_batches=2
+        callback,
+        At(lambda *_: opened.append(callback.state_dict()["windows_opened"])),
+        accumulate_grad_batches=2,
     )
     trainer.fit(Classifier(), loader)
     assert opened == [1 + i // 4 for i in range(16)]
@@ -435,7 +447,7 @@ def test_initial_labels_take_the_place_of_the_first_clustering(loader, tmp_path)
             Classifier(), loader
         )
         assert equal(callback.labels, donor.labels)
-        assert callback._layers.windows_opened == 0
+        assert callback.state_dict()["windows_opened"] == 0
         assert used[3] == 0.0
         assert used[5] > 0.0
 
@@ -446,7 +458,9 @@ def test_a_window_opens_at_the_start_only_where_a_layer_has_no_labels(loader, mi
     make_trainer(donor).fit(Classifier(), loader)
     labels = dict(list(donor.labels.items())[missing:])
     callback, seen = make_callback(initial_labels=labels), {}
-    look = At(lambda trainer, _: seen.update({trainer.current_epoch: callback._layers.windows_opened}))
+    look = At(
+        lambda trainer, _: seen.update({trainer.current_epoch: callback.state_dict()["windows_opened"]})
+    )
     make_trainer(callback, look).fit(Classifier(), loader)
     assert list(seen.values()) == opened
 
@@ -774,11 +788,9 @@ def test_a_compiled_fit_gives_the_numbers_of_an_eager_one(loader):
     results = []
     for compiled in (False, True):
         torch._dynamo.reset()
-        module, callback = Classifier(), make_callback()
-        if compiled:
-            module.model.compile(
-                backend="eager", fullgraph=True
-            )  # draws from torch's generator, as eager does
+        module, callback = Classifier(two_convs()), make_callback("[01].0")
+        if compiled:  # the backend draws from torch's generator, as eager code does
+            module.model.compile(backend="eager", fullgraph=True)
         torch.manual_seed(5)
         make_trainer(callback).fit(module, loader)
         results.append((module.losses, callback.labels))

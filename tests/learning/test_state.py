@@ -133,6 +133,7 @@ def test_a_state_that_is_no_mapping_is_a_type_error(state):
         ("clusters", "['clusters']"),
         ("shapes", "['shapes']"),
         ("window", "['window']"),
+        ("memory", "['memory']"),
         ("window.conv1", "['window']['conv1']"),
     ],
 )
@@ -181,6 +182,7 @@ def test_a_faulty_beginning_is_named(value):
             "labels of layer 'conv1': must be an integer",
         ),
         ({"table": LABELS, "shape": [4, 3]}, ValueError, "state of layer 'conv1': a table of shape"),
+        ({"table": LABELS, "shape": [0, 2, 2]}, ValueError, "positive integers"),
         ({"table": LABELS + 1, "shape": [3, 2, 2]}, ValueError, "labels of layer 'conv1' are in"),
     ],
 )
@@ -211,3 +213,9 @@ def test_faulty_progress_is_named(path, value):
 def test_what_progress_counts_is_a_bool(value):
     with pytest.raises(TypeError, match=r"state_dict: counts_steps=.* must be a bool"):
         read_state(altered("progress.counts_steps", value), "map")
+
+
+@pytest.mark.parametrize("value", [torch.zeros(3), torch.full((3, 4, 8), torch.nan), None])
+def test_faulty_running_profiles_name_the_layer(value):
+    with pytest.raises(ValueError, match="layer 'conv1' must be finite float32"):
+        read_state(altered("memory.conv1", value), "map")
