@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import timm
 import torch
 from jsonargparse import auto_cli
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common.record import provenance, write_line
 from benchmarks.cost.latency import clustered, dropping
-from benchmarks.cost.peak import added_gpu_memory
+from benchmarks.cost.peak import LiveMemory, added_gpu_memory
 from benchmarks.cost.timing import usual_device
 from lightning_dropcluster import select_layers
 from lightning_dropcluster.learning.sketch import Sketch
 
 GOAL = 0.05
+GATHERING_GOAL = 1.5
+GATHERED = ((64, 112, 112), (64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7))  # of ResNet-50
 SAMPLES = (256, 1024, 4096, 16384)
 
 
@@ -114,6 +117,27 @@ def sketch_records() -> list[dict[str, Any]]:
     return records
 
 
+def gathering_records(batch_size: int = 256) -> Iterator[dict[str, Any]]:
+    """What a gathering step adds on a GPU at its peak, by layer, counted with tensors that have no values."""
+    for shape, memory_format in product(GATHERED, (torch.contiguous_format, torch.channels_last)):
+        with FakeTensorMode():
+            sketch = Sketch(shape, device=torch.device("cuda"))
+            outputs = torch.empty(batch_size, *shape, dtype=torch.bfloat16, device="cuda")
+            outputs = outputs.to(memory_format=memory_format)
+            with LiveMemory() as memory:
+                sketch.update(outputs)
+        yield {
+            "case": "gathering, peak",
+            "shape": shape,
+            "batch_size": batch_size,
+            "dtype": "bfloat16",
+            "format": str(memory_format).removeprefix("torch."),
+            "bytes": memory.peak,
+            "ratio": memory.peak / (2 * outputs.numel()),
+            "goal": GATHERING_GOAL,
+        }
+
+
 def output_shapes(model: nn.Module, pattern: str, images: Tensor) -> list[tuple[int, ...]]:
     """Run a model and note the output shapes of the layers that a pattern picks."""
     shapes: list[tuple[int, ...]] = []
@@ -133,7 +157,7 @@ def main(settings: Settings) -> None:
     device = usual_device()
     if settings.quick:
         settings = Settings(model="resnet10t", batch_size=8, size=64, out=settings.out)
-    for record in (*step_records(settings, device), *sketch_records()):
+    for record in (*step_records(settings, device), *sketch_records(), *gathering_records()):
         write_line({"benchmark": "memory", **record, **provenance(device)}, settings.out)
 
 

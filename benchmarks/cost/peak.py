@@ -1,4 +1,4 @@
-"""The memory that a piece of work adds at its peak."""
+"""The memory that a piece of work adds at its peak, measured or counted."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -43,6 +47,30 @@ def added_gpu_memory(work: Callable[[], Any]) -> int:
     before = torch.cuda.memory_allocated()
     work()
     return torch.cuda.max_memory_allocated() - before
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes that operations bring into being, now and at the peak: of pretended tensors too.
+
+    What an operation holds for itself while it runs is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._alive: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = self._storages(out).items() - self._storages((args, kwargs)).items()
+        alive = [*self._alive.items(), *made]
+        self._alive = {reference: size for reference, size in alive if not reference.expired()}
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return out
+
+    def _storages(self, tree: Any) -> dict[StorageWeakRef, int]:
+        storages = [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)]
+        return {StorageWeakRef(storage): storage.nbytes() for storage in storages}
 
 
 def _kilobytes(field: str) -> int:

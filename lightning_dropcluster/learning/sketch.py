@@ -129,9 +129,11 @@ class Sketch(nn.Module):
         Tensor operations alone, without a look at values from the host, so that compiled code can hold it.
         """
         with torch.autocast(x.device.type, enabled=False):
-            for part in self._parts(self._resized(x.detach().to(self.key.device))):
-                maps = part.float().reshape(len(part), self.shape[0], math.prod(self.shape[1:]))
-                self._add(self.scope.rows(maps), len(part))
+            x = self._resized(x.detach().to(self.key.device))
+            if _host_may_look(x):
+                x = x[: self.num_samples - int(self.count)]
+            if len(x):
+                self._add(x)
 
     def _resized(self, x: Tensor) -> Tensor:
         for axis, (size, wanted) in enumerate(zip(x.shape[1:], self.shape, strict=True), start=1):
@@ -139,26 +141,38 @@ class Sketch(nn.Module):
                 x = x.index_select(axis, torch.arange(wanted, device=x.device) * size // wanted)
         return x
 
-    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Leave out samples beyond those asked for; on a CPU, cut the rest into parts that fit the cache."""
-        if not len(x):
-            return ()
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            x = x[: self.num_samples - int(self.count)]
-            return x.split(max(1, _SLICE // math.prod(self.shape))) if len(x) else ()
-        # Where the host must not look, they are zeros beside their weight of 0, as 0 x inf is NaN.
-        surplus = self.count + torch.arange(len(x), device=x.device) >= self.num_samples
-        return (x.masked_fill(surplus.reshape(-1, *(1 for _ in self.shape)), 0.0),)
+    def _add(self, x: Tensor) -> None:
+        """Add some samples, in parts, so that little of them is in memory a second time."""
+        self.origin.copy_(torch.where(self.count == 0, self._rows(x[:1])[0].float(), self.origin))
+        samples, places = self._part_size(x), self._places(len(x))
+        parts = zip(*(one.split(samples * self.observations) for one in places), strict=True)
+        for part, place in zip(x.split(samples), parts, strict=True):
+            self._add_part(part, *place)
+        self.count.copy_((self.count + len(x)).clamp(max=self.num_samples))
 
-    def _add(self, rows: Tensor, num_samples: int) -> None:
-        """Add the observations (N * observations, items) of some samples."""
-        self.origin.copy_(torch.where(self.count == 0, rows[0], self.origin))
-        wanted, columns, signs = self._places(num_samples)
-        rows = rows - self.origin
+    def _add_part(self, x: Tensor, wanted: Tensor, columns: Tensor, signs: Tensor) -> None:
+        rows = (self._rows(x) - self.origin).float()
+        if not _host_may_look(x):
+            rows.masked_fill_(wanted[:, None] == 0, 0.0)  # surplus samples, as 0 x inf is NaN
         self.sums.addmv_(rows.T, wanted)
         self.moments.index_add_(0, columns, rows.mul_(signs[:, None]))
         self.column_sums.index_add_(0, columns, signs)
-        self.count.copy_((self.count + num_samples).clamp(max=self.num_samples))
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Lay samples out as observations (N * observations, items)."""
+        return self.scope.rows(x.reshape(len(x), self.shape[0], math.prod(self.shape[1:])))
+
+    def _part_size(self, x: Tensor) -> int:
+        """How many samples to add at a time: on a CPU, what fits its cache.
+
+        Elsewhere a quarter, and no more than there are columns: where rows share none, no addition has to
+        wait for another, and their order cannot tell. Compiled code makes no copies to save.
+        """
+        if torch.compiler.is_compiling():
+            return len(x)
+        if x.device.type == "cpu":
+            return max(1, _SLICE // math.prod(self.shape))
+        return min(-(-len(x) // 4), self.sketch_dim)
 
     def merge(self) -> None:
         """Add up over all ranks, in place; every rank must call this, for the same layers in order."""
@@ -206,6 +220,11 @@ class Sketch(nn.Module):
         row = (sample[:, None] * self.observations + torch.arange(self.observations, device=device)).flatten()
         wanted = (local < self.num_samples).float().repeat_interleave(self.observations)
         return wanted, row % self.sketch_dim, _signs(row, self.key) * wanted
+
+
+def _host_may_look(x: Tensor) -> bool:
+    """Whether values are at hand, so that nothing waits for them."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _signs(index: Tensor, key: Tensor) -> Tensor:

@@ -58,3 +58,11 @@ def test_the_sample_reaches_from_the_first_to_the_last_problem_and_item():
     labels, other = torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 5, dtype=torch.int64)
     labels[-1], other[-1] = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 1, 1, 0])
     assert adjusted_rand_index(labels, other, max_problems=2, max_items=2) == pytest.approx(0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("shape", [(3, 50, 5), (64, 3136, 196), (1, 200_000, 4096)], ids=str)
+def test_a_gpu_compares_as_a_cpu_does(shape):
+    labels, other = noisy_pair(*shape)
+    assert adjusted_rand_index(labels.cuda(), other.cuda()) == adjusted_rand_index(labels, other)

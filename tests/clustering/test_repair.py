@@ -61,6 +61,14 @@ def test_many_problems_at_once_are_repaired_as_one_by_one_in_numpy(monkeypatch, 
     assert torch.equal(repaired, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_gpu_repairs_as_a_cpu_does():
+    problems = make_problems()
+    there = repair_all(*(one.cuda() for one in problems), 13, 0.25, 4.0).cpu()
+    assert (there == repair_all(*problems, 13, 0.25, 4.0)).float().mean() > 0.999
+
+
 class Looks(TorchDispatchMode):
     """Count the operations whose results a GPU's host has to wait for."""
 

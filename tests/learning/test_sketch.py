@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from lightning_dropcluster.functional import resize_labels
+from lightning_dropcluster.learning import sketch as sketch_module
 from lightning_dropcluster.learning.sketch import Sketch
 
 SCOPES = ("map", "position", "layer", "channel")
@@ -333,3 +334,44 @@ def test_activations_come_from_whatever_device():
     sketch = Sketch((2, 4), num_samples=8, sketch_dim=4, device=torch.device("meta"))
     sketch.update(torch.randn(3, 2, 4))
     assert sketch.moments.device.type == "meta"
+
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+def gather_on(x, scope, device="cpu", num_samples=40):
+    sketch = Sketch(tuple(x.shape[1:]), scope=scope, num_samples=num_samples, sketch_dim=16, device=device)
+    for batch in x.to(device).split(24):
+        sketch.update(batch)
+    return {name: value.cpu() for name, value in sketch.state_dict().items()}
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_without_a_look_at_values_and_in_quarters_the_same_is_gathered(monkeypatch, scope, memory_format):
+    x = torch.randn(72, 3, 4, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[40:] = torch.nan  # beyond those asked for
+    x = x.to(memory_format=memory_format)
+    here = gather_on(x, scope)
+    monkeypatch.setattr(sketch_module, "_host_may_look", lambda x: False)
+    monkeypatch.setattr(Sketch, "_part_size", lambda self, x: min(-(-len(x) // 4), self.sketch_dim))
+    torch.testing.assert_close(gather_on(x, scope), here)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_gpu_gathers_what_a_cpu_does(scope, memory_format):
+    x = torch.randn(72, 3, 8, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[40:] = torch.inf
+    x = x.to(memory_format=memory_format)
+    torch.testing.assert_close(gather_on(x, scope, "cuda"), gather_on(x, scope), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_gpu_the_same_is_gathered_each_time():
+    x = torch.randn(72, 3, 8, 5)
+    first, second = (gather_on(x, "map", "cuda") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
