@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import tarfile
+import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -80,17 +81,26 @@ def chosen(parts: Sequence[Part], names: str | None) -> list[Part]:
 
 def environment(bundle: Path, site: Path) -> dict[str, str]:
     """Let the parts import what is missing here from the bundle, and know the commit where git does not."""
-    missing: list[str] = []
+    missing = [note_package(site.parent / "package")]
     if (bundle / "site.tar.xz").exists():
         with tarfile.open(bundle / "site.tar.xz") as archive:
             archive.extractall(site, filter="data")
-        missing = [str(folder) for folder in sorted(site.iterdir()) if find_spec(folder.name) is None]
+        missing += [str(folder) for folder in sorted(site.iterdir()) if find_spec(folder.name) is None]
     sys.path += missing  # so that versions are found here too
     noted = bundle / "commit"
     known = commit() or (noted.read_text().strip() if noted.exists() else "")
     paths = [str(ROOT), *missing, *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["BENCHMARK_COMMIT"] = known
     return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def note_package(folder: Path) -> str:
+    """Describe the clone as an installed package is, which may be none here: it asks for its own version."""
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    info = folder / f"{about['name'].replace('-', '_')}-{about['version']}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Name: {about['name']}\nVersion: {about['version']}\n")
+    return str(folder)
 
 
 def record(outcome: Outcome, out: str | None, *, dry: bool) -> None:

@@ -9,6 +9,7 @@ from importlib import import_module
 import pytest
 from jsonargparse import auto_cli
 
+import lightning_dropcluster
 from benchmarks.common import record
 from benchmarks.gpu import accuracy, check, start
 from benchmarks.gpu.parts import all_parts
@@ -97,6 +98,9 @@ def test_only_what_is_missing_comes_from_the_bundle(tmp_path, monkeypatch):
     env = check.environment(tmp_path, tmp_path / "unpacked")
     added = [path for path in env["PYTHONPATH"].split(os.pathsep) if "unpacked" in path]
     assert added == [str(tmp_path / "unpacked" / "not_there")]
+    assert [folder.name for folder in (tmp_path / "package").iterdir()] == [
+        f"lightning_dropcluster-{lightning_dropcluster.__version__}.dist-info"
+    ]
     assert env["BENCHMARK_COMMIT"] == record.commit() == "abc"
 
 
