@@ -55,10 +55,10 @@ class Settings:
     threads: int | None = None
     out: str | None = None
 
-    @property
-    def steps(self) -> int:
-        """Steps of the training: pairs in which a step is to keep averages clean are left out."""
-        return WARM_UP + 2 * self.pairs * 3 // 2
+
+def steps_of(settings: Settings) -> int:
+    """Count the steps of the training: pairs in which a step is to keep averages clean are left out."""
+    return WARM_UP + 2 * settings.pairs * 3 // 2
 
 
 class Network(pl.LightningModule):
@@ -123,14 +123,15 @@ def train(settings: Settings, device: torch.device) -> list[tuple[Took, Took]]:
     if settings.channels_last:
         images = images.to(memory_format=torch.channels_last)
     batch = images, torch.arange(settings.batch_size, device=device) % CLASSES
-    turns = Turns(settings.steps, device)
+    steps = steps_of(settings)
+    turns = Turns(steps, device)
     callback = DropCluster(
         settings.layers,
         fill=settings.fill,
         start=0,
         schedule=turns.schedule,
         num_samples=2 * settings.batch_size,
-        every_n_epochs=settings.steps,
+        every_n_epochs=steps,
     )
     trainer = pl.Trainer(
         max_epochs=1,
@@ -143,7 +144,7 @@ def train(settings: Settings, device: torch.device) -> list[tuple[Took, Took]]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Network(settings), DataLoader([batch] * settings.steps, batch_size=None))  # pyright: ignore[reportArgumentType]
+    trainer.fit(Network(settings), DataLoader([batch] * steps, batch_size=None))  # pyright: ignore[reportArgumentType]
     return turns.pairs()
 
 

@@ -23,9 +23,10 @@ def all_parts(data_dir: str | None, *, dry: bool) -> list[Part]:
     parts = [
         start(dry),
         tests(dry),
-        step(dry),
-        step(dry, compiled=True),
         reclustering(dry),
+        step(dry),
+        turns(dry),
+        step(dry, compiled=True),
         memory(dry),
         accuracy(data_dir, dry),
     ]
@@ -74,6 +75,14 @@ def step(dry: bool, *, compiled: bool = False) -> Part:
     return Part(name, ["benchmarks.gpu.step", *words], limit, goals)
 
 
+def turns(dry: bool) -> Part:
+    """The same in Lightning's loop, with an optimiser, by turns with steps that do not drop."""
+    small = ["--model=resnet10t", "--batch_size=2", "--size=64", "--pairs=8"]
+    words = small if dry else ["--batch_size=256", "--precision=bf16-mixed", "--channels_last=true"]
+    goals = [Goal("DropCluster, ratio to none", "seconds.ratio", at_most=None if dry else 1.02)]
+    return Part("turns", ["benchmarks.cost.turns", *words], 50, goals)
+
+
 def reclustering(dry: bool) -> Part:
     """All conv2 layers of a ResNet-50 at 224 px."""
     words = ["--samples=64", "--maps=4", "--largest=14", "--repeats=2"] if dry else []
@@ -81,6 +90,8 @@ def reclustering(dry: bool) -> Part:
         Goal("cold, s", "median_s", at_most=None if dry else 0.3, where={"case": "cold"}),
         Goal("warm, s", "median_s", at_most=None if dry else 0.3, where={"case": "warm"}),
         Goal("cold, sparse maps, s", "median_s", at_most=None if dry else 2.0, where={"case": "sparse"}),
+        Goal("searches, cold", "searches", at_most=800, where={"case": "cold"}),
+        Goal("searches, warm", "searches", at_most=400, where={"case": "warm"}),
         Goal("torch alone, cold, s", "median_s", where={"case": "torch, cold"}),
         Goal("cold, ratio to flash-kmeans", "times_flash", at_most=None if dry else 2.0),
         Goal("inertia, ratio to flash-kmeans", "inertia_to_flash", at_most=None if dry else 1.01),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import faiss
 import torch
 import torch.nn.functional as F
 from jsonargparse import auto_cli
@@ -19,6 +21,7 @@ from benchmarks.cost.contenders import MAX_ITER, recluster
 from benchmarks.cost.reclustering import RESNET50, run_alternating, timing
 from benchmarks.cost.timing import usual_device
 from lightning_dropcluster.clustering import FaissKMeans, TorchKMeans
+from lightning_dropcluster.clustering.faiss_search import FaissLloyd
 from lightning_dropcluster.clustering.tiles import tile
 from lightning_dropcluster.learning.sketch import Sketch
 
@@ -75,6 +78,23 @@ def by_flash(sketches: Sketches) -> Labels:
     return found
 
 
+@contextmanager
+def counted(device: torch.device) -> Iterator[list[None]]:
+    """Note each of FAISS's searches on the device."""
+    name = "knn_gpu" if device.type == "cuda" else "knn"
+    search, calls = getattr(faiss, name), list[None]()
+
+    def noting(*args: Any, **options: Any) -> Any:
+        calls.append(None)
+        return search(*args, **options)
+
+    setattr(faiss, name, noting)
+    try:
+        yield calls
+    finally:
+        setattr(faiss, name, search)
+
+
 def clusters_of(sketch: Sketch) -> int:
     """As many as `recluster` asks for."""
     return max(1, round(sketch.shape[1] * sketch.shape[2] / CLUSTER_SIZE))
@@ -88,11 +108,12 @@ def total_inertia(sketches: Sketches, labels: Labels) -> float:
 def records(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
     """Time each case, and weigh what it finds; flash-kmeans comes last, since it may not run everywhere."""
     before, now, sparse = windows(settings, device)
-    old = recluster(before, {}, FaissKMeans())
+    by_faiss = FaissKMeans if device.type == "cuda" else FaissLloyd  # what a GPU does
+    old = recluster(before, {}, by_faiss())
     cases = {
-        "cold": lambda seed: recluster(now, {}, FaissKMeans(seed=seed)),
-        "warm": lambda seed: recluster(now, old, FaissKMeans(seed=seed)),
-        "sparse": lambda seed: recluster(sparse, {}, FaissKMeans(seed=seed)),
+        "cold": lambda seed: recluster(now, {}, by_faiss(seed=seed)),
+        "warm": lambda seed: recluster(now, old, by_faiss(seed=seed)),
+        "sparse": lambda seed: recluster(sparse, {}, by_faiss(seed=seed)),
         "torch, cold": lambda seed: recluster(now, {}, TorchKMeans(seed=seed)),
     }
     runs = run_alternating(cases, settings.repeats, device)
@@ -101,7 +122,10 @@ def records(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]
     }
     what = {"benchmark": "reclustering on a device", "features": sum(map(Tensor.numel, old.values()))}
     for case, run in runs.items():
-        yield {**what, "case": case, **timing(run), "inertia": round(found[case], 3)}
+        with counted(device) as searches:
+            cases[case](0)
+        record = {"case": case, "inertia": round(found[case], 3), "searches": len(searches)}
+        yield {**what, **record, **timing(run)}
     if device.type == "cuda":
         flash = run_alternating({FLASH: lambda seed: by_flash(now)}, settings.repeats, device)[FLASH]
         times = median(runs["cold"].seconds) / median(flash.seconds)

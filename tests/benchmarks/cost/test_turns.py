@@ -23,5 +23,7 @@ def test_it_compares_steps_that_drop_with_their_neighbours(capsys, monkeypatch):
     record = json.loads(capsys.readouterr().out)
     assert record["pairs"] >= 2
     assert record["seconds"]["ratio"] > 0 < record["cpu_seconds"]["ratio"]
-    drops = turns.Turns(settings.steps, None).drops
-    assert all((seen[step + 1] > 0) == drops(step) for step in range(turns.WARM_UP, settings.steps - 1))
+    drops = turns.Turns(turns.steps_of(settings), None).drops
+    assert all(
+        (seen[step + 1] > 0) == drops(step) for step in range(turns.WARM_UP, turns.steps_of(settings) - 1)
+    )
