@@ -75,6 +75,7 @@ def list_layers(
     scope: str = "map",
     num_samples: int = 1024,
     sketch_dim: int = 64,
+    channel_dim: int = 1,
 ) -> None:
     """List the conv layers of a timm model, and what a pattern picks.
 
@@ -89,15 +90,27 @@ def list_layers(
         scope: what is grouped: map, position, layer or channel.
         num_samples: samples gathered for each clustering.
         sketch_dim: dimensions of the sketch.
+        channel_dim: -1 for layers with channels last, such as the blocks of transformers.
 
     Raises:
         ValueError: if there is no such model, or an argument does not fit it.
     """
     from lightning_dropcluster.cli.models import show_layers
+    from lightning_dropcluster.layers.channels import check_channel_dim
+
+    check_channel_dim(channel_dim)
 
     settings = {"num_clusters": num_clusters, "cluster_size": cluster_size, "scope": scope}
     settings |= {"num_samples": num_samples, "sketch_dim": sketch_dim}
-    show_layers(model, match, parse_size(input), any_layer=any_layer, show_all=show_all, settings=settings)
+    show_layers(
+        model,
+        match,
+        parse_size(input),
+        any_layer=any_layer,
+        show_all=show_all,
+        channel_dim=channel_dim,
+        settings=settings,
+    )
 
 
 def plot(

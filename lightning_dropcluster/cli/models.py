@@ -1,5 +1,6 @@
 """The layers of a timm model, as the command line lists them."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -21,17 +22,20 @@ def show_layers(
     *,
     any_layer: bool,
     show_all: bool,
+    channel_dim: int,
     settings: dict[str, Any],
 ) -> None:
     """Print a model's conv layers and what patterns pick."""
     if any_layer and match is None:
         raise ValueError("--any-layer: needs --match, or every module would be picked")
     kinds = nn.Module if any_layer else CONV_LAYERS if match is None else None
-    pick = partial(select_layers, layers=match or "**", layer_types=kinds)
-    network, found = _look(name, shape, pick, settings)
+    pick = partial(select_layers, layers=match or "**", layer_types=kinds, channel_dim=channel_dim)
+    network, found = _look(name, shape, pick, settings | {"channel_dim": channel_dim})
     picked = None if match is None else set(pick(network))
     size = "×".join(map(str, shape or network.default_cfg["input_size"]))
-    print_layers(name, size, found, picked, scope=settings["scope"], show_all=show_all)
+    print_layers(
+        name, size, found, picked, scope=settings["scope"], channel_dim=channel_dim, show_all=show_all
+    )
 
 
 def _convs(model: nn.Module) -> Iterator[nn.Module]:
@@ -50,13 +54,14 @@ def _look(
             with torch.device(device):
                 model = _create(name, shape)
             shown = {id(layer) for layer in [*pick(model).values(), *_convs(model)]}
-            found = preview(
-                model,
-                lambda _, module, shown=shown: id(module) in shown,
-                shape or model.default_cfg["input_size"],
-                layer_types=nn.Module,
-                **settings,
-            )
+            with warnings.catch_warnings(action="ignore"):  # the notes below the table say it
+                found = preview(
+                    model,
+                    lambda _, module, shown=shown: id(module) in shown,
+                    shape or model.default_cfg["input_size"],
+                    layer_types=nn.Module,
+                    **settings,
+                )
             return model, found
         except (NotImplementedError, RuntimeError, AssertionError) as error:
             failure = error

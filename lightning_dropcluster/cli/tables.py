@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from lightning_dropcluster.inspection.preview import HEADINGS, LayerPreview, Preview
+from lightning_dropcluster.inspection.preview import HEADINGS, LayerPreview, Preview, misread_warning
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +25,7 @@ def print_layers(
     picked: Collection[str] | None,
     *,
     scope: str,
+    channel_dim: int,
     show_all: bool,
 ) -> None:
     """Print a model's conv layers, what is picked, and patterns to copy."""
@@ -33,9 +34,9 @@ def print_layers(
     screen.print(
         _table(f"{model} at {input_size}", found, chosen, marked=picked is not None, show_all=show_all)
     )
-    for note in _notes(chosen, scope):
+    for note in _notes(chosen, scope, channel_dim):
         screen.print(note, style="yellow")
-    if found.patterns:
+    if found.patterns or found.last_patterns:
         screen.print("\nPatterns to copy:" if picked is None else "\nOther choices:", style="bold")
     for title, text in _suggestions(found):
         screen.print(f"  {title}", style="dim")
@@ -45,14 +46,24 @@ def print_layers(
 def _suggestions(found: Preview) -> Iterator[tuple[str, str]]:
     """Yield titles and arguments to copy."""
     if found.stages:
-        yield "outputs of all stages but the last; DropCluster() takes them", _argument(found.stages)
+        yield "outputs of all stages but the last; DropCluster() takes them", _stages(found)
     for title, patterns in found.patterns.items():
         yield title, _argument(patterns)
+    for title, patterns in found.last_patterns.items():
+        yield title, _argument(patterns, -1)
 
 
-def _argument(patterns: Sequence[str]) -> str:
+def _stages(found: Preview) -> str:
+    """Write the stages; where some have their channels first and others last, they need no argument."""
+    if len(set(found.stage_dims)) > 1:
+        return f"{', '.join(found.stages)}"
+    return _argument(found.stages, found.stage_dims[0])
+
+
+def _argument(patterns: Sequence[str], channel_dim: int = 1) -> str:
     listed = ", ".join(f'"{pattern}"' for pattern in patterns)
-    return f"layers={listed}" if len(patterns) == 1 else f"layers=[{listed}]"
+    listed = listed if len(patterns) == 1 else f"[{listed}]"
+    return f"layers={listed}" + ", channel_dim=-1" * (channel_dim == -1)
 
 
 def console() -> Console:
@@ -97,7 +108,10 @@ def _those(found: Preview, names: Collection[str]) -> Iterator[LayerPreview]:
     return (layer for layer in found.layers if layer.name in names)
 
 
-def _notes(chosen: Preview, scope: str) -> Iterator[str]:
+def _notes(chosen: Preview, scope: str, channel_dim: int) -> Iterator[str]:
+    misread = [layer.name for layer in chosen.layers if layer.is_misread]
+    if warning := misread_warning(misread, channel_dim):
+        yield f"{warning}."
     # As in a fit, a map of one feature is nothing to cluster, and no news.
     whole = [layer for layer in chosen.layers if layer.num_clusters == 1 < layer.features // layer.problems]
     if whole and scope == "map":

@@ -1,7 +1,8 @@
 """A look before training: what patterns pick, how many clusters it makes, and what gathering them takes."""
 
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -9,8 +10,14 @@ import torch
 from torch import nn
 
 from lightning_dropcluster.checks import MAX_INT, check_number
-from lightning_dropcluster.inspection.suggestions import suggest_patterns, suggest_stages
-from lightning_dropcluster.inspection.tracing import Call, trace
+from lightning_dropcluster.inspection.channels import trace_channels
+from lightning_dropcluster.inspection.suggestions import (
+    suggest_last_patterns,
+    suggest_patterns,
+    suggest_stages,
+)
+from lightning_dropcluster.inspection.tracing import Call
+from lightning_dropcluster.layers.channels import Layout, check_channel_dim, find_layouts
 from lightning_dropcluster.layers.selection import CONV_LAYERS, Layers, LayerTypes, select_layers
 from lightning_dropcluster.learning.scopes import SCOPES, Grouping, Shape
 from lightning_dropcluster.learning.sketch import Sketch
@@ -23,14 +30,14 @@ class LayerPreview:
     Args:
         name: as `select_layers` gives it.
         type: the module's class.
-        shape: (C, *spatial) of the output, ``None`` where that is not one tensor, or the layer does not
-            run in eval mode.
+        shape: (C, *spatial) of the output, with tokens of an image on their grid; ``None`` where the output is
+            not one tensor, or the layer does not run in eval mode.
         problems: how many clusterings there are, for example one per feature map.
         num_clusters: clusters in each of them.
         sketch_bytes: memory of the layer's sketch while a gathering window is open.
         output_type: name of the output's class, empty where the layer does not run in eval mode.
-        channels_last: whether the last dimension is known to hold the channels, as it does in the stages of
-            Swin and the blocks of ViT; rows or tokens would be taken for channels.
+        channel_dim: 1 or -1 where the dimension of the channels is known, else ``None``.
+        is_misread: whether another ``channel_dim`` was given, so that rows or tokens are taken for channels.
     """
 
     name: str
@@ -40,7 +47,8 @@ class LayerPreview:
     num_clusters: int = 0
     sketch_bytes: int = 0
     output_type: str = ""
-    channels_last: bool = False
+    channel_dim: int | None = None
+    is_misread: bool = False
 
     @property
     def features(self) -> int:
@@ -53,7 +61,9 @@ class LayerPreview:
             given = {"": "does not run in eval mode", "Tensor": "gives a tensor without channels"}
             output = given.get(self.output_type, f"gives {self.output_type}, not one tensor")
             return self.name, self.type, output, "", "", ""
-        shape = "×".join(map(str, self.shape)) + ", channels last" * self.channels_last
+        shape = "×".join(map(str, self.shape))
+        if self.is_misread:
+            shape += ", channels last" if self.channel_dim == -1 else ", channels first"
         clusters = (
             f"{self.num_clusters:,}" if self.problems == 1 else f"{self.problems} × {self.num_clusters:,}"
         )
@@ -73,11 +83,16 @@ class Preview:
         patterns: common choices in this model, title to patterns for ``layers=``.
         stages: names of the stages but the last, as far as timm tells them: their outputs, which no shortcut
             bypasses. `DropCluster` takes them where it is told no layers.
+        stage_dims: the dimension of the channels in each of these outputs, 1 or -1.
+        last_patterns: common choices in a transformer, title to patterns for ``layers=`` with
+            ``channel_dim=-1``.
     """
 
     layers: tuple[LayerPreview, ...]
     patterns: Mapping[str, Sequence[str]]
     stages: Sequence[str] = ()
+    stage_dims: Sequence[int] = ()
+    last_patterns: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def sketch_bytes(self) -> int:
@@ -109,6 +124,7 @@ def preview(
     scope: str = "map",
     num_samples: int = 1024,
     sketch_dim: int = 64,
+    channel_dim: int = 1,
     layer_types: LayerTypes | None = None,
 ) -> Preview:
     """Show what `DropCluster` with these arguments would work on, without training.
@@ -129,6 +145,8 @@ def preview(
         scope: as for `DropCluster`.
         num_samples: as for `DropCluster`.
         sketch_dim: as for `DropCluster`.
+        channel_dim: as for `DropCluster`. A warning names layers that have their channels elsewhere, as far
+            as timm or a second pass with larger images tells.
         layer_types: as for `DropCluster`.
 
     Returns:
@@ -152,14 +170,33 @@ def preview(
         "num_samples": check_number("num_samples", num_samples, 1, MAX_INT, integer=True),
         "sketch_dim": check_number("sketch_dim", sketch_dim, 1, MAX_INT, integer=True),
     }
-    picked = _select(module, layers, layer_types)
-    calls = trace(module, picked, example_input)
+    picked = _select(module, layers, layer_types, check_channel_dim(channel_dim))
+    calls = trace_channels(module, picked, example_input)
     first = {name: Call(name, layer, None, "") for name, layer in picked.items()}
     for call in calls:
         if call.name in first and first[call.name].shape is None:
             first[call.name] = call
-    found = (_describe(call, grouping, sizes) for call in first.values())
-    return Preview(tuple(found), suggest_patterns(module, calls), tuple(suggest_stages(calls)))
+    layouts = find_layouts(module, picked, None if layers is None else channel_dim)
+    found = tuple(_describe(call, layouts[call.name], grouping, sizes) for call in first.values())
+    if misread := misread_warning([layer.name for layer in found if layer.is_misread], channel_dim):
+        warnings.warn(misread, stacklevel=2)
+    stages = suggest_stages(calls)
+    return Preview(
+        found,
+        suggest_patterns(module, calls),
+        tuple(stage.name for stage in stages),
+        tuple(stage.channel_dim or 1 for stage in stages),
+        suggest_last_patterns(module, calls),
+    )
+
+
+def misread_warning(names: Sequence[str], channel_dim: int) -> str | None:
+    """Say that the channels of layers are elsewhere, and what to do."""
+    if not names:
+        return None
+    place, remedy = ("last", "give channel_dim=-1") if channel_dim == 1 else ("first", "leave it out")
+    listed = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+    return f"channel_dim={channel_dim}: channels come {place} in the outputs of {listed}; {remedy}"
 
 
 def format_bytes(size: int) -> str:
@@ -177,19 +214,25 @@ def format_bytes(size: int) -> str:
     return f"{size / 1e3:,.1f} kB"
 
 
-def _select(module: nn.Module, layers: Layers | None, layer_types: LayerTypes | None) -> dict[str, nn.Module]:
+def _select(
+    module: nn.Module, layers: Layers | None, layer_types: LayerTypes | None, channel_dim: int
+) -> dict[str, nn.Module]:
     try:
-        return select_layers(module, layers, layer_types)
+        return select_layers(module, layers, layer_types, channel_dim=channel_dim)
     except ValueError:
         if layers is not None:
             raise
         return select_layers(module, "**", layer_types or CONV_LAYERS)
 
 
-def _describe(call: Call, grouping: Grouping, sizes: Mapping[str, Any]) -> LayerPreview:
-    kind, shape = type(call.module).__name__, call.shape
-    if shape is None:
+def _describe(call: Call, layout: Layout, grouping: Grouping, sizes: Mapping[str, Any]) -> LayerPreview:
+    kind = type(call.module).__name__
+    if call.shape is None:
         return LayerPreview(call.name, kind, None, output_type=call.output_type)
+    # A conv is only ever meant with its channels first.
+    used = 1 if isinstance(call.module, CONV_LAYERS) else layout.channel_dim
+    output = torch.empty(1, *call.shape, device="meta")
+    shape = tuple(replace(layout, channel_dim=used).split(output)[0].shape[1:])
     sketch = Sketch(shape, scope=grouping.scope, device=torch.device("meta"), **sizes)
     return LayerPreview(
         call.name,
@@ -199,7 +242,8 @@ def _describe(call: Call, grouping: Grouping, sizes: Mapping[str, Any]) -> Layer
         num_clusters=grouping.clusters_for(shape),
         sketch_bytes=sum(buffer.nbytes for buffer in sketch.buffers()),
         output_type=call.output_type,
-        channels_last=call.has_channels_last,
+        channel_dim=call.channel_dim,
+        is_misread=None not in (used, call.channel_dim) and used != call.channel_dim,
     )
 
 

@@ -5,10 +5,12 @@ from collections.abc import Collection, Iterator, Sequence
 
 from torch import nn
 
+from lightning_dropcluster.inspection.channels import transformer_parts
 from lightning_dropcluster.inspection.tracing import Call
 from lightning_dropcluster.layers.patterns import compile_pattern
 from lightning_dropcluster.layers.selection import select_layers
 from lightning_dropcluster.layers.stages import split_stages, without_last
+from lightning_dropcluster.layers.wrappers import name_modules
 
 _MOST_PATTERNS = 8  # a longer list says less than a look at the table
 
@@ -36,10 +38,22 @@ def suggest_patterns(root: nn.Module, calls: Sequence[Call]) -> dict[str, list[s
     return {title: globs for title, globs in patterns.items() if len(globs) <= _MOST_PATTERNS}
 
 
-def suggest_stages(calls: Sequence[Call]) -> list[str]:
-    """Name the outputs of the stages but the last, which no shortcut bypasses."""
+def suggest_last_patterns(root: nn.Module, calls: Sequence[Call]) -> dict[str, list[str]]:
+    """Write patterns, for ``channel_dim=-1``, of what a transformer has."""
+    last = {call.name for call in calls if call.channel_dim == -1}
+    names = list(name_modules(root))
+    patterns = {
+        title: fewest_patterns(names, chosen)
+        for title, parts in transformer_parts(root).items()
+        if (chosen := [name for name in parts if name in last])
+    }
+    return {title: globs for title, globs in patterns.items() if len(globs) <= _MOST_PATTERNS}
+
+
+def suggest_stages(calls: Sequence[Call]) -> list[Call]:
+    """Find the outputs of the stages but the last, which no shortcut bypasses."""
     stages = without_last([end for end, _ in split_stages(calls, _convs(calls))])
-    return [end.name for end in stages if end.gives_stage_maps]
+    return [end for end in stages if end.gives_stage_maps]
 
 
 def fewest_patterns(names: Collection[str], wanted: Collection[str]) -> list[str]:
@@ -71,7 +85,8 @@ def _generalisations(name: str) -> Iterator[str]:
     for count in range(1, len(parts)):
         head, tail = ".".join(parts[:count]), ".".join(stars[count:])
         if tail.strip("*."):
-            yield from (f"**.{tail.lstrip('*.')}", f"{head}.{tail}")
+            yield f"**.{tail.lstrip('*.')}"
+        yield f"{head}.{tail}"
         if not parts[-1].isdigit():
             yield f"{head}.**.{parts[-1]}"
         yield f"{head}.**"

@@ -27,11 +27,14 @@ class Call:
     output_type: str
     stage_channels: int | None = None
     is_first: bool = False
+    channel_dim: int | None = None  # 1 or -1, where it is known
 
     @property
     def grid(self) -> Shape:
-        """The output's shape without its channels."""
-        return self.shape[1:] if self.shape else ()
+        """The output's shape without its channels, which come first unless they are known to be last."""
+        if not self.shape:
+            return ()
+        return self.shape[:-1] if self.channel_dim == -1 else self.shape[1:]
 
     @property
     def ends_stage(self) -> bool:
@@ -40,13 +43,9 @@ class Call:
 
     @property
     def gives_stage_maps(self) -> bool:
-        """Whether it ends a stage with maps of more than one position, not with tokens or channels last."""
-        return bool(self.shape) and self.shape[0] == self.stage_channels and prod(self.grid) > 1
-
-    @property
-    def has_channels_last(self) -> bool:
-        """Whether it ends a stage with tokens (tokens, C) or maps (H, W, C)."""
-        return bool(self.shape) and self.shape[0] != self.stage_channels == self.shape[-1]
+        """Whether it ends a stage with features of more than one position, wherever the channels are."""
+        is_stage = bool(self.shape) and self.stage_channels in (self.shape[0], self.shape[-1])
+        return is_stage and prod(self.grid) > 1
 
     @property
     def is_conv(self) -> bool:
@@ -54,13 +53,26 @@ class Call:
         return isinstance(self.module, CONV_LAYERS) and prod(self.grid) > 1
 
 
-def trace(module: nn.Module, picked: Mapping[str, nn.Module], example_input: Any) -> list[Call]:
-    """Run a model once and note which layers run, in what order and with what output."""
+def trace(
+    module: nn.Module,
+    picked: Mapping[str, nn.Module],
+    example_input: Any,
+    *,
+    others: Mapping[str, nn.Module] | None = None,
+    larger: bool = False,
+) -> list[Call]:
+    """Run a model once and note which layers run, in what order and with what output.
+
+    These are conv layers, ends of stages, what is picked and others; with ``larger`` images are larger.
+    """
     args, kwargs = _arguments(module, example_input)
+    if larger:
+        args = tuple(map(_enlarged, args))
+        kwargs = {name: _enlarged(value) for name, value in kwargs.items()}
     calls: list[Call] = []
     ends, named = stage_ends(module), name_modules(module)
     convs = _convs(module)
-    watched = {**convs, **picked, **{name: named[name] for name in ends}}
+    watched = {**convs, **(others or {}), **picked, **{name: named[name] for name in ends}}
     first: tuple[Any, ...] = ()  # inputs of the first conv, kept lest another tensor take their place
 
     def note(name: str, inputs: tuple[Any, ...], output: Any) -> None:
@@ -156,6 +168,12 @@ def _sample_shape(example: Any) -> tuple[int, ...] | None:
             "of at least 1"
         )
     return tuple(sides)
+
+
+def _enlarged(value: Any) -> Any:
+    """Make an image larger: each side by what most models let it grow by."""
+    is_image = isinstance(value, Tensor) and value.ndim > 2
+    return value.new_zeros(*value.shape[:2], *(side + 32 for side in value.shape[2:])) if is_image else value
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -94,12 +94,27 @@ def test_modules_of_any_type_are_listed_among_the_convs(run, options):
         ("hrnet_w18_small", "stage2", "gives list, not one tensor"),
         ("swin_tiny_patch4_window7_224", "layers.0", "56×56×96, channels last"),
         ("vit_tiny_patch16_224", "blocks.0", "197×192, channels last"),
+        ("poolformer_s12", "stages.0", "64×56×56 "),
         ("resnet18", "layer1", "64×56×56 "),
     ],
 )
 def test_what_cannot_be_taken_for_maps_is_told(run, model, pattern, output):
     out = run("layers", model, "--match", pattern, "--any-layer", columns=160)
     assert re.search(rf"● +{pattern} +\w+ +{output}", out)
+
+
+def test_transformers_have_patterns_with_their_dimension(run):
+    out = run("layers", "vit_tiny_patch16_224", "--match", "blocks.*", "--channel-dim=-1", columns=160)
+    assert re.search(r"● +blocks.0 +Block +192×14×14 +37,632 +192 × 12", out)
+    assert 'layers=["blocks.2", "blocks.5", "blocks.8"], channel_dim=-1' in out
+    assert 'layers="blocks.*", channel_dim=-1' in out
+    assert "channels come" not in out
+
+
+def test_the_wrong_dimension_has_a_note(run):
+    options = ("layers", "swin_tiny_patch4_window7_224", "--match", "layers.0")
+    note = "channel_dim=1: channels come last in the outputs of layers.0; give channel_dim=-1."
+    assert note in run(*options, columns=160)
 
 
 def test_maps_of_one_cluster_have_a_note(run):

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from fits import Classifier, count_hooks, make_loader, make_trainer, tiny_resnet
 from torch import nn
@@ -183,3 +184,40 @@ def test_without_layers_it_shows_what_the_callback_takes_else_the_convs():
     ]
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     assert [layer.name for layer in preview(plain, example_input=IMAGE).layers] == ["0"]
+
+
+class Tokens(nn.Module):
+    """Tokens of whatever image, through a layer that nothing is known of."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.act = nn.Conv2d(3, 8, 4, stride=4), nn.GELU()
+
+    def forward(self, x):
+        return self.act(self.stem(x).flatten(2).mT)
+
+
+@pytest.mark.parametrize(
+    ("channel_dim", "layers", "message"),
+    [
+        (1, "act", r"^channel_dim=1: channels come last in the outputs of act; give channel_dim=-1$"),
+        (-1, "1", r"^channel_dim=-1: channels come first in the outputs of 1; leave it out$"),
+    ],
+)
+def test_a_wrong_dimension_is_told_by_images_of_another_size(channel_dim, layers, message):
+    model = Tokens() if channel_dim == 1 else nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU())
+    with pytest.warns(UserWarning, match=message):
+        preview(model, layers, IMAGE, channel_dim=channel_dim)
+
+
+def test_the_right_dimension_is_not(recwarn):
+    found = preview(Tokens(), "act", IMAGE, channel_dim=-1, num_clusters=2)
+    assert [(layer.shape, layer.channel_dim, layer.problems) for layer in found.layers] == [((8, 64), -1, 8)]
+    assert not recwarn
+
+
+def test_tokens_lie_on_their_grid():
+    with torch.device("meta"):
+        model = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=56)
+    (layer,) = preview(model, "blocks.0", (3, 56, 56), channel_dim=-1, cluster_size=4).layers
+    assert (layer.shape, layer.num_clusters) == ((384, 4, 4), 4)

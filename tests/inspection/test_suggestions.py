@@ -92,8 +92,8 @@ def test_families(family):
         ("inception_v3", ("Mixed_5d", "Mixed_6e")),  # single convs are no stages
         ("selecsls42b", ()),  # all but the head give lists
         ("convmixer_768_32", ("blocks.7", "blocks.15", "blocks.23")),  # all of its 32 blocks are stages
-        ("swin_tiny_patch4_window7_224", ()),  # channels last
-        ("vit_tiny_patch16_224", ()),  # tokens
+        ("swin_tiny_patch4_window7_224", ("layers.0", "layers.1", "layers.2")),  # channels last
+        ("vit_tiny_patch16_224", ("blocks.2", "blocks.5", "blocks.8")),  # tokens
         ("xception41", ()),  # whose stages end inside blocks, which have shortcuts around them
         ("hrnet_w18_small", ()),  # several outputs
     ],
@@ -124,14 +124,39 @@ class Permute(nn.Module):
         return x.permute(self.order)
 
 
-def test_a_stage_that_ends_with_channels_last_is_left_out():
+def test_a_stage_may_end_with_channels_last():
     def conv():
         return nn.Conv2d(4, 4, 3, padding=1)
 
     last = nn.Sequential(conv(), Permute(0, 2, 3, 1))
     model = nn.Sequential(conv(), nn.Sequential(conv()), last, nn.Sequential(Permute(0, 3, 1, 2), conv()))
     model.feature_info = [{"module": str(stage), "num_chs": 4} for stage in (0, 1, 2, 3)]
-    assert preview(model, example_input=(4, 9, 9)).stages == ("1",)
+    found = preview(model, example_input=(4, 9, 9))
+    assert (found.stages, found.stage_dims) == (("1", "2"), (1, -1))
+
+
+BLOCKS, ATTENTION, MLP = "outputs of blocks", "attention branches", "MLP branches"
+
+
+@pytest.mark.parametrize(
+    ("family", "patterns"),
+    [
+        ("vit_tiny_patch16_224", {BLOCKS: ["blocks.*"], ATTENTION: ["**.attn"], MLP: ["**.mlp"]}),
+        (
+            "swin_tiny_patch4_window7_224",
+            {BLOCKS: ["**.blocks.*"], ATTENTION: ["**.blocks.*.attn"], MLP: ["**.blocks.*.mlp"]},
+        ),
+        ("mixer_s16_224", {BLOCKS: ["blocks.*"], MLP: ["**.mlp_channels"]}),
+        ("mvitv2_tiny", {}),  # whose blocks give the size besides
+        ("resnet18", {}),
+    ],
+)
+def test_parts_of_transformers(family, patterns):
+    model = on_meta(family)
+    found = preview(model, example_input=model.default_cfg["input_size"]).last_patterns
+    assert found == patterns
+    for chosen in found.values():
+        assert select_layers(model, chosen, channel_dim=-1)
 
 
 def test_models_that_give_features_have_underscores_in_their_names():
