@@ -193,7 +193,7 @@ def small(tmp_path):
     """A stage in a file of its own, with a single setting to choose from."""
     dropped = {"regularizer": "dropout", "grid": [{"drop_prob": 0.1}]}
     stage = {"base": changes(BASE), "methods": {"dropped": dropped}, "tuning_seeds": [9]}
-    stage |= {"validation_samples": 20, "rounds": [{"seeds": [0], "methods": ["dropped"]}]}
+    stage |= {"validation_samples": 20, "rounds": [{"seeds": [0, 1], "methods": ["dropped"]}]}
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(stage))
     return str(path)
@@ -207,15 +207,16 @@ def test_a_finished_run_is_not_run_again(small, tmp_path, monkeypatch, capsys):
     assert [(record["stage"], record["phase"]) for record in records] == [
         ("small", "tuning"),
         ("small", "final"),
+        ("small", "final"),
     ]
-    assert [record["split"] for record in records] == ["validation", "test"]
-    assert [len(record["corrupted"]) for record in records] == [0, 8]
+    assert [record["split"] for record in records] == ["validation", "test", "test"]
+    assert [len(record["corrupted"]) for record in records] == [0, 8, 8]
     monkeypatch.setattr(compare, "attempt", lambda *args, **kwargs: pytest.fail("ran again"))
     assert main(options) == 0
     capsys.readouterr()
     plot = tmp_path / "plots" / "runs.png"
     report_main(ReportOptions(records=options.out, stage=small, plot=str(plot)))
-    assert "| dropped  | 1 " in capsys.readouterr().out
+    assert "| dropped  | 2 " in capsys.readouterr().out
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
