@@ -21,6 +21,8 @@ LAYERS = ("conv1", "layer1.0.conv1", "layer2.0.conv2")
 SIZES = ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))
 CLUSTER_SIZE = 16
 RANDOM = "random fields"
+RESNET50 = ((64, 56, 3), (128, 28, 4), (256, 14, 6), (512, 7, 3))  # conv2 at 224 px: channels, side, layers
+MODEL = {"data": RANDOM, "model": "resnet50", "layers": "layer*.*.conv2", "size": 224}
 
 
 @dataclass(frozen=True)
@@ -182,3 +184,32 @@ def random_fields(
             fields += smooth * weight * (2 / scale) ** 0.5
         windows.append(fields)
     return Activations(RANDOM, f"{channels} x {side} x {side}", channels, windows[0], windows[1])
+
+
+def resnet50_windows(
+    device: torch.device,
+    *,
+    samples: int,
+    sketch_dim: int,
+    sizes: tuple[tuple[int, int, int], ...] = RESNET50,
+    maps: int | None = None,
+) -> tuple[dict[str, Sketch], dict[str, Sketch]]:
+    """Sketch all conv2 layers of a ResNet-50 at 224 px in two windows; layers of one size share a sketch.
+
+    Args:
+        device: where the sketches are.
+        samples: in each window.
+        sketch_dim: columns.
+        sizes: which layers, as in `RESNET50`.
+        maps: of each layer; all by default.
+
+    Returns:
+        Name to sketch, in the earlier and in the later window.
+    """
+    windows: tuple[dict[str, Sketch], dict[str, Sketch]] = ({}, {})
+    for channels, side, layers in sizes:
+        acts = random_fields(channels, side, maps=maps or channels, samples=samples).to(device)
+        for window, outputs in zip(windows, (acts.before, acts.now), strict=True):
+            sketch = sketch_of(outputs, sketch_dim, window=len(window))
+            window |= {f"{side}.{layer}": sketch for layer in range(layers)}
+    return windows

@@ -15,22 +15,24 @@ from benchmarks.common.data import DataName
 from benchmarks.common.inertia import inertia
 from benchmarks.common.record import provenance, write_line
 from benchmarks.cost.activations import (
-    RANDOM,
+    MODEL,
+    RESNET50,
     SIZES,
     Activations,
     exact_profiles,
     random_fields,
+    resnet50_windows,
     sketch_of,
     trained,
 )
 from benchmarks.cost.contenders import SKLEARN, OnSketches, by_ward, on_exact_profiles, recluster
 from benchmarks.cost.peak import added_memory
+from benchmarks.cost.searches import search_records
 from benchmarks.cost.timing import Took, clock, usual_device
 from lightning_dropcluster.clustering import FaissKMeans, adjusted_rand_index
 from lightning_dropcluster.learning.sketch import Sketch
 
 MOST_WORK = 2**26  # maps x features of a map squared at most, so that no peer takes minutes
-RESNET50 = ((64, 56, 3), (128, 28, 4), (256, 14, 6), (512, 7, 3))  # conv2 at 224 px: channels, side, layers
 SKETCHES = [(dim, torch.float32) for dim in (16, 32, 64, 128, 256)]
 HALVED = [(64, torch.bfloat16), (64, torch.float16)]
 
@@ -41,7 +43,8 @@ class Settings:
 
     Args:
         quick: the digits and two sizes, few samples and maps: a check that takes a minute.
-        part: layers of a "trained" network, "random" fields, or the whole "model" ResNet-50; all by default.
+        part: layers of a "trained" network, "random" fields, the whole "model" ResNet-50, or the "searches"
+            that it takes on a GPU; all by default.
         model: a ResNet that timm knows, whose first layers are clustered.
         data: what it is trained on.
         data_dir: CIFAR-10 as a folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or a tar file of it.
@@ -55,7 +58,7 @@ class Settings:
     """
 
     quick: bool = False
-    part: Literal["all", "trained", "random", "model"] = "all"
+    part: Literal["all", "trained", "random", "model", "searches"] = "all"
     model: str = "small_resnet"
     data: DataName = "digits"
     data_dir: str | None = None
@@ -161,15 +164,8 @@ def sketch_records(acts: Activations, settings: Settings) -> Iterator[dict[str, 
 
 
 def model_records(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Recluster all conv2 layers of a ResNet-50 at 224 px together; layers of one size share a sketch."""
-    windows: tuple[dict[str, Sketch], dict[str, Sketch]] = ({}, {})
-    for channels, side, layers in RESNET50[-1:] if settings.quick else RESNET50:
-        maps = settings.maps if settings.quick else channels
-        acts = random_fields(channels, side, maps=maps, samples=settings.samples).to(device)
-        for window, outputs in zip(windows, (acts.before, acts.now), strict=True):
-            sketch = sketch_of(outputs, settings.sketch_dim, window=len(window))
-            window |= {f"{side}.{layer}": sketch for layer in range(layers)}
-    before, now = windows
+    """Recluster the whole model at once."""
+    before, now = windows_of_model(settings, device)
     old = recluster(before, {}, FaissKMeans())
     cases = {
         "cold": lambda seed: recluster(now, {}, FaissKMeans(seed=seed)),
@@ -178,16 +174,25 @@ def model_records(settings: Settings, device: torch.device) -> Iterator[dict[str
     for name, run in run_alternating(cases, settings.repeats, device).items():
         yield {
             "benchmark": "whole model",
-            "data": RANDOM,
-            "model": "resnet50",
-            "layers": "layer*.*.conv2",
-            "size": 224,
+            **MODEL,
             "features": sum(labels.numel() for labels in old.values()),
             "samples": settings.samples,
             "sketch_dim": settings.sketch_dim,
             "case": name,
             **timing(run),
         }
+
+
+def windows_of_model(settings: Settings, device: torch.device) -> tuple[dict[str, Sketch], dict[str, Sketch]]:
+    """Sketch the whole model in two windows."""
+    some = {"sizes": RESNET50[-1:], "maps": settings.maps} if settings.quick else {}
+    return resnet50_windows(device, samples=settings.samples, sketch_dim=settings.sketch_dim, **some)
+
+
+def searches_of_model(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Count the searches that the whole model takes on a GPU."""
+    for record in search_records(*windows_of_model(settings, device), device):
+        yield {"benchmark": "searches", **MODEL, "samples": settings.samples, **record}
 
 
 def describe(acts: Activations, settings: Settings) -> dict[str, Any]:
@@ -253,6 +258,7 @@ def main(settings: Settings) -> None:
         "trained": partial(trained_records, settings, device),
         "random": partial(random_records, settings, device),
         "model": partial(model_records, settings, device),
+        "searches": partial(searches_of_model, settings, device),
     }
     origin = provenance(device)
     for name, measure in parts.items():

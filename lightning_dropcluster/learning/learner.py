@@ -1,8 +1,8 @@
 """The cluster learner: it owns what is learned of the layers, and the callback talks to it alone."""
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -17,11 +17,7 @@ from lightning_dropcluster.layers.injection import Injection, unused_layers_erro
 from lightning_dropcluster.learning.clustered_layers import ClusteredLayers
 from lightning_dropcluster.learning.clusters import Clusters
 from lightning_dropcluster.learning.reclustering import OnProgress, cluster_share, recluster
-from lightning_dropcluster.learning.reports import (
-    Report,
-    make_report,
-    warnings_for,
-)
+from lightning_dropcluster.learning.reports import Report, make_report, warnings_for
 from lightning_dropcluster.learning.running_profiles import RunningProfiles
 from lightning_dropcluster.learning.scopes import SCOPES, Grouping, Shape
 from lightning_dropcluster.learning.sketch import SketchSettings
@@ -54,8 +50,7 @@ class ClusterLearner:
         self.clusters: dict[str, Clusters] = {}
         self.window: GatheringWindow | None = None
         self.phase: Phase = "idle"
-        self.windows_opened = 0
-        self.seconds = 0.0
+        self.windows_opened, self.seconds = 0, 0.0
         self.waiting: AbstractContextManager[OnProgress | None] = nullcontext()
         self._layers = ClusteredLayers(grouping, make_drop)
         self._running_profiles = RunningProfiles(sketch_momentum)
@@ -76,8 +71,7 @@ class ClusterLearner:
     def reset(self, clusters: Mapping[str, Clusters]) -> None:
         """Forget an earlier training; the clusters are those to start from."""
         self.clusters, self.phase = dict(clusters), "idle"
-        self.windows_opened, self.seconds = 0, 0.0
-        self._resized_to = {}
+        self.windows_opened, self.seconds, self._resized_to = 0, 0.0, {}
         self._running_profiles.clear()
         self._warned.clear()
 
@@ -127,14 +121,16 @@ class ClusterLearner:
         self._layers.check_calls()
         if self._is_first_step:
             self._is_first_step = False
-            lack = lack_of_memory(self.hooks, self.sketches, self._layers.device)
-            if lack is not None:  # now, and not only at the start
+            # Now, and not only at the start.
+            if lack := lack_of_memory(self.hooks, self.sketches, self._layers.device):
                 self._warn_once(_TROUBLE, lack)
         verdict = "open" if self.window is None else self.window.verdict()
         if verdict == "full":
-            # Only now does the clock run: to count the samples was to wait for device and ranks.
-            with self._clock():
+            started = time.perf_counter()  # not before: to count the samples was to wait for device and ranks
+            try:
                 return self._recluster()
+            finally:
+                self.seconds += time.perf_counter() - started
         if verdict == "stalled":
             self._restart_window()
         elif verdict == "scattered":
@@ -190,8 +186,8 @@ class ClusterLearner:
         self._running_profiles.load_state_dict(state["memory"])
 
     def _make_window(self) -> GatheringWindow:
-        number, device = self.windows_opened - 1, self._layers.device
-        return GatheringWindow(self.hooks, self.sketches, number, device, self._resized_to)
+        settings = self.sketches, self.windows_opened - 1, self._layers.device, self._resized_to
+        return GatheringWindow(self.hooks, *settings)
 
     def _close_window(self) -> None:
         if self.window is not None:
@@ -224,29 +220,17 @@ class ClusterLearner:
     def _recluster(self) -> dict[str, Report]:
         """Close a full window and have its sketches clustered; where none can be, open another at first."""
         assert self.window is not None
-        device = self._layers.device
         if not self.clusters:
-            ranks.raise_together(unused_layers_error(self.never_ran()), device)
+            ranks.raise_together(unused_layers_error(self.never_ran()), self._layers.device)
         sketches, self.window, self.phase = self.window.merge(), None, "full"
         if not sketches and not self.clusters:
             self.open_window()
             return {}
-        old = {
-            name: clusters.table
-            for name, clusters in self.clusters.items()
-            if name in sketches and clusters.shape == sketches[name].shape
-        }
+        old = {name: self.clusters[name] for name in sketches if name in self.clusters}
+        tables = {name: c.table for name, c in old.items() if c.shape == sketches[name].shape}
         with self.waiting as on_progress:
-            share = partial(
-                cluster_share,
-                sketches,
-                old,
-                self.clusterer,
-                self.grouping,
-                self._running_profiles,
-                on_progress,
-            )
-            labels = recluster(share, device)
+            settings = self.clusterer, self.grouping, self._running_profiles, on_progress
+            labels = recluster(partial(cluster_share, sketches, tables, *settings), self._layers.device)
         self.phase = "idle"
         return {name: self._adopt(name, table, sketches[name].shape) for name, table in labels.items()}
 
@@ -259,15 +243,6 @@ class ClusterLearner:
         table = labels.reshape(SCOPES[self.grouping.scope].label_shape(shape))
         self.clusters[name] = self._layers.bind(name, Clusters(table, shape))
         return report
-
-    @contextmanager
-    def _clock(self) -> Iterator[None]:
-        """Add what is done inside to the seconds spent on reclustering."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds += time.perf_counter() - started
 
     def _warn_once(self, about: Hashable, message: str) -> None:
         if about not in self._warned:

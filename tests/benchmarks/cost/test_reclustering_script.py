@@ -24,6 +24,8 @@ def test_it_writes_a_line_for_each_case(capsys):
     cases = {(record["benchmark"], record.get("case")) for record in records}
     assert {("reclustering", "FaissKMeans, sketch"), ("reclustering", "Ward, exact profiles")} <= cases
     assert {("whole model", "cold"), ("whole model", "warm"), ("sketch", None)} <= cases
+    assert all(0 < r["searches"] < r["goal"] for r in records if r["benchmark"] == "searches")
+    assert {("searches", "cold"), ("searches", "warm")} <= cases
     base = [record for record in records if record.get("case") == record.get("base", "")]
     assert base
     assert all(record["inertia_ratio"] == record["times_faster"] == 1.0 for record in base)
