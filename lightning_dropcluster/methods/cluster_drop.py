@@ -7,6 +7,7 @@ from lightning_dropcluster.checks import check_bool, check_choice, check_integer
 from lightning_dropcluster.layers.channels import Layout, check_channel_dim
 from lightning_dropcluster.methods.base import DropRegularizer
 from lightning_dropcluster.methods.fills import FILLS, fill_dropped
+from lightning_dropcluster.methods.fused_drop import drop_fused, takes
 from lightning_dropcluster.methods.label_tables import cluster_sizes, resize_labels, smallest_integer_type
 from lightning_dropcluster.methods.masking import Draw, draw_uniform, expected_scale
 
@@ -258,8 +259,13 @@ class ClusterDrop(DropRegularizer):
                 f"labels of shape {tuple(self.labels.shape)}: do not fit activations {tuple(x.shape)}"
             )
         shape = (len(x) if self.per_sample else 1, self._num_groups, self.num_clusters)
+        by_batch, mean = self.fill == "zero" and self.rescale == "batch", self.fill == "mean"
+        if takes(x, self.labels, self.num_clusters, self.per_map, mean):
+            uniform = self.draw(shape, device=x.device)
+            return drop_fused(
+                x, self.labels, self.sizes, uniform, self.drop_prob, by_batch=by_batch, mean=mean
+            )
         keep = draw_keep_table(shape, self.drop_prob, device=x.device, draw=self.draw)
-        by_batch = self.fill == "zero" and self.rescale == "batch"
         scale = None if by_batch else expected_scale(self.drop_prob)
         return cluster_drop(
             x, self.labels, keep, fill=self.fill, scale=scale, sizes=self.sizes, inplace=self.inplace

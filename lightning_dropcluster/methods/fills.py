@@ -24,14 +24,14 @@ def fill_dropped(
     """
     if torch.compiler.is_compiling():  # Dynamo traces no function that defines jvp
         return _Fill.apply(x, labels, keep, scale, fill, False)  # pyright: ignore[reportReturnType]
-    if _is_transformed():
+    if is_transformed():
         return _TransformableFill.apply(x, labels, keep, scale, fill, inplace)  # pyright: ignore[reportReturnType]
     if x.requires_grad and torch.is_grad_enabled():
         return _PlainFill.apply(x, labels, keep, scale, fill, inplace)  # pyright: ignore[reportReturnType]
     return _fill(x, labels, keep, scale, fill, inplace)
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether a transform of torch.func or forward mode is on, which ask more of a function."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 

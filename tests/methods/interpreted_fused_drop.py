@@ -1,0 +1,78 @@
+"""The fused drop in Triton's interpreter: `test_fused_drop` runs this file in a process of its own."""
+
+import pytest
+import torch
+from problems import FLOATS, SCOPES, make_problem
+
+from lightning_dropcluster import ClusterDrop
+from lightning_dropcluster.functional import cluster_drop, cluster_sizes
+from lightning_dropcluster.methods.fused_drop import drop_fused, takes
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+DROP_PROB = torch.tensor(0.3)
+
+
+def assert_equals_cluster_drop(x, labels, uniform, *, by_batch=True, mean=False):
+    groups, clusters = uniform.shape[1:]
+    assert takes(x, labels, clusters, groups > 1, mean)
+    sizes = cluster_sizes(labels, groups, clusters)
+    options = {"fill": "mean" if mean else "zero", "scale": None if by_batch else 1 / (1 - DROP_PROB)}
+    grad, results = torch.randn_like(x), []
+    for drop in (
+        lambda leaf: drop_fused(leaf, labels, sizes.int(), uniform, DROP_PROB, by_batch=by_batch, mean=mean),
+        lambda leaf: cluster_drop(leaf, labels, uniform >= DROP_PROB, sizes=sizes, **options),
+    ):
+        leaf = x.clone().requires_grad_()
+        out = drop(leaf)
+        out.backward(grad)
+        assert out.stride() == leaf.grad.stride() == x.stride()
+        results.append((out.detach(), leaf.grad))
+    # The interpreter does not round to the nearest bfloat16.
+    close = {"rtol": 2 * torch.finfo(x.dtype).eps, "atol": 0}
+    if mean or len(uniform) == 1:
+        close = {"rtol": 4e-6, "atol": 4e-6} if x.element_size() > 2 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(*results, **close)
+    assert all(torch.equal(one == 0, other == 0) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("mean", [False, True], ids=["zero", "mean"])
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_equals_cluster_drop(dtype, layout, mean):
+    samples = 3 if mean else 35  # with 32 samples in a word
+    x, labels, _ = make_problem(samples=samples, channels=3, spatial=(4, 6), clusters=4)
+    x = x.to(dtype).contiguous(memory_format=layout)
+    assert_equals_cluster_drop(x, labels.byte(), torch.rand(samples, 3, 4), by_batch=not mean, mean=mean)
+
+
+@pytest.mark.parametrize("drawn", [1, 3])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_takes_every_scope_and_one_draw_for_all_samples(scope, drawn):
+    x, labels, keep = make_problem(scope, spatial=(2, 3, 2))
+    assert_equals_cluster_drop(x, labels.short(), torch.rand(drawn, *keep.shape[1:]))
+
+
+@pytest.mark.parametrize("fill", ["zero", "mean"])
+def test_the_module_uses_it_and_draws_the_same(fill):
+    x, labels, _ = make_problem(samples=4, spatial=(4, 6), clusters=6)
+    drop = ClusterDrop(labels, 0.3, fill=fill)
+    seeded = []
+    for run in (drop, lambda x: torch.func.vmap(drop, randomness="same")(x[None])[0]):  # which is not fused
+        torch.manual_seed(1)
+        seeded.append(run(x))
+    torch.testing.assert_close(*seeded)
+    torch.manual_seed(1)
+    assert "lightning_dropcluster_apply" in type(drop(x.requires_grad_()).grad_fn).__name__
+
+
+def test_derivatives_are_exact():
+    x, labels, _ = make_problem(samples=2, channels=1, spatial=(2, 2))
+    drop = ClusterDrop(labels, 0.3, rescale="expected")
+
+    def seeded(x):
+        torch.manual_seed(3)
+        return drop(x**3)
+
+    x = x.double().requires_grad_()
+    assert torch.autograd.gradcheck(seeded, x, fast_mode=True)
+    assert torch.autograd.gradgradcheck(seeded, x, fast_mode=True)
