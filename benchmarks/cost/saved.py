@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,11 +66,18 @@ def _boxed(graph: GraphModule) -> Callable[[list[Any]], Any]:
     return run
 
 
-def cases(samples: int, channels: int, size: int, device: torch.device) -> Iterator[dict[str, Any]]:
+def cases(
+    samples: int,
+    channels: int,
+    size: int,
+    device: torch.device,
+    layouts: Sequence[torch.memory_format] = (torch.contiguous_format, torch.channels_last),
+    fills: Sequence[str] = ("zero", "mean"),
+) -> Iterator[dict[str, Any]]:
     """Compare a block that drops with the same block that does not."""
-    for layout in (torch.contiguous_format, torch.channels_last):
+    for layout in layouts:
         x = torch.randn(samples, channels, size, size, device=device).to(memory_format=layout)
-        for fill in ("zero", "mean"):
+        for fill in fills:
             block = Block(channels, size, fill).to(device)
             block = block.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
             kept = saved_bytes(block, x.requires_grad_())

@@ -1,0 +1,16 @@
+import pytest
+import torch
+
+from benchmarks.cost.saved import cases
+
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="")]
+)
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_compiled_code_keeps_no_mask(device):
+    # Without Triton, means are kept.
+    chosen = {} if device == "cuda" else {"layouts": [torch.channels_last], "fills": ["zero"]}
+    assert all(case["more_than_plain"] < 0.05 for case in cases(8, 16, 16, torch.device(device), **chosen))
