@@ -8,8 +8,15 @@ from lightning_dropcluster.layers.channels import Layout, check_channel_dim
 from lightning_dropcluster.methods.base import DropRegularizer
 from lightning_dropcluster.methods.fills import FILLS, fill_dropped
 from lightning_dropcluster.methods.fused_drop import drop_fused, takes
-from lightning_dropcluster.methods.label_tables import cluster_sizes, resize_labels, smallest_integer_type
-from lightning_dropcluster.methods.masking import Draw, draw_uniform, expected_scale
+from lightning_dropcluster.methods.label_tables import (
+    cluster_sizes,
+    kept_ratio_of_clusters,
+    resize_labels,
+    smallest_integer_type,
+)
+from lightning_dropcluster.methods.masking import draw_keep_table, expected_scale
+
+RESCALES = ("batch", "expected")
 
 
 def cluster_drop(
@@ -78,41 +85,12 @@ def cluster_drop(
     if scale is None:
         if sizes is None or resized is not labels:
             sizes = cluster_sizes(resized, *keep.shape[1:])
-        scale = _kept_ratio(keep, sizes, resized.numel())
+        scale = kept_ratio_of_clusters(keep, sizes, resized.numel())
     elif not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=torch.float32, device=x.device)  # tensor() would wait for a copy
     elif scale.ndim:
         raise ValueError(f"scale of shape {tuple(scale.shape)}: must be a number or a 0-d tensor")
     return fill_dropped(x, resized, keep, scale, fill, inplace)
-
-
-def draw_keep_table(
-    shape: tuple[int, int, int],
-    drop_prob: Tensor | float,
-    *,
-    device: torch.device | None = None,
-    draw: Draw = draw_uniform,
-) -> Tensor:
-    """Draw which clusters stay.
-
-    Args:
-        shape: (samples, maps, clusters).
-        drop_prob: probability in [0, 1) that a cluster is dropped; a 0-d tensor avoids recompilation.
-        device: where to draw.
-        draw: where the uniform numbers come from; `draw_uniform` can also draw apart on ranks that are seeded
-            alike, and pairs that drop different clusters.
-
-    Returns:
-        A bool table of that shape, True where the cluster stays.
-
-    Example:
-        >>> draw_keep_table((2, 3, 4), 0.0).all().item()
-        True
-    """
-    return draw(shape, device=device) >= drop_prob
-
-
-RESCALES = ("batch", "expected")
 
 
 class ClusterDrop(DropRegularizer):
@@ -210,23 +188,12 @@ class ClusterDrop(DropRegularizer):
         self.write_labels(labels)
 
     def write_labels(self, labels: Tensor) -> None:
-        """Write new labels as `set_labels` does, without its checks: for labels that are known to fit.
-
-        Args:
-            labels: integers in [0, num_clusters) in the shape of the old ones.
-        """
+        """Write new labels as `set_labels` does, without its checks: for labels that are known to fit."""
         self.labels.copy_(labels)
         self.sizes.copy_(cluster_sizes(self.labels, self._num_groups, self.num_clusters))
 
     def can_hold(self, labels: Tensor) -> bool:
-        """Whether `set_labels` would take these labels.
-
-        Args:
-            labels: integers >= 0, (C or 1, *spatial).
-
-        Returns:
-            True where shape and range fit.
-        """
+        """Whether `set_labels` would take these labels."""
         return labels.shape == self.labels.shape and int(labels.max()) < self.num_clusters
 
     def regularize(self, x: Tensor) -> Tensor:
@@ -262,9 +229,8 @@ class ClusterDrop(DropRegularizer):
         by_batch, mean = self.fill == "zero" and self.rescale == "batch", self.fill == "mean"
         if takes(x, self.labels, self.num_clusters, self.per_map, mean):
             uniform = self.draw(shape, device=x.device)
-            return drop_fused(
-                x, self.labels, self.sizes, uniform, self.drop_prob, by_batch=by_batch, mean=mean
-            )
+            fixed = (self.labels, self.sizes, uniform, self.drop_prob)
+            return drop_fused(x, *fixed, by_batch=by_batch, mean=mean)
         keep = draw_keep_table(shape, self.drop_prob, device=x.device, draw=self.draw)
         scale = None if by_batch else expected_scale(self.drop_prob)
         return cluster_drop(
@@ -282,11 +248,3 @@ class ClusterDrop(DropRegularizer):
             "rescale": self.rescale,
             **({"channel_dim": self.channel_dim} if self.channel_dim != 1 else {}),
         }
-
-
-def _kept_ratio(keep: Tensor, sizes: Tensor, num_features: int) -> Tensor:
-    """(number of features) / (number kept) over the batch, 0-d float32; finite where nothing is kept."""
-    total = float(num_features * keep.shape[0])
-    dropped = ((~keep).sum(0, dtype=torch.float32) * sizes).sum()
-    # As a sum it is exactly 1 where nothing is dropped; torch divides a number by a tensor less exactly.
-    return 1.0 + dropped / (total - dropped).clamp(min=1.0)

@@ -13,17 +13,7 @@ _LANES = 64  # maps at least where their features are interleaved, to read in lo
 
 
 def fill_means_whole(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
-    """Return ``m + (x - m) * keep * scale``, m being the mean of a feature's cluster in its sample and map.
-
-    Args:
-        x: (N, C, *spatial), floating point.
-        labels: integers in [0, K), (C or 1, *spatial or ones).
-        keep: bool (N or 1, C or 1, K).
-        scale: 0-d.
-
-    Returns:
-        A tensor like ``x``.
-    """
+    """Return ``m + (x - m) * keep * scale``, m being the mean of the cluster in its sample and map."""
     if _are_whole_maps(labels):
         return _fill_whole_maps(x, labels, keep, scale)
     last = is_channels_last(x)
@@ -33,15 +23,7 @@ def fill_means_whole(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> 
 
 
 def fill_means(out: Tensor, x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> None:
-    """Write what `fill_means_whole` returns, with less memory and, on a CPU, in less time.
-
-    Args:
-        out: where to write, like ``x``; it may be ``x``.
-        x: see `fill_means_whole`.
-        labels: see there.
-        keep: see there.
-        scale: see there.
-    """
+    """Write what `fill_means_whole` returns, with less memory and, on a CPU, in less time."""
     if _are_whole_maps(labels):
         out.copy_(_fill_whole_maps(x, labels, keep, scale))
         return

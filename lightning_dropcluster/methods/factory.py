@@ -17,21 +17,7 @@ Source = nn.Module | Callable[..., nn.Module]
 
 
 def make_regularizer(source: Source, layer: nn.Module, name: str) -> nn.Module:
-    """Make the regulariser of a layer.
-
-    Args:
-        source: a module, which is copied, or a class or function that is called: with the layer's number of
-            channels where it needs one argument, else with none.
-        layer: the layer.
-        name: of the layer, for errors.
-
-    Returns:
-        A module in training mode.
-
-    Raises:
-        TypeError: where the source makes no module.
-        ValueError: where it needs more than the number of channels, fails, or makes lazy parameters.
-    """
+    """Make the regulariser of a layer."""
     if isinstance(source, nn.Module):
         made = copy.deepcopy(source)
     else:
@@ -52,38 +38,17 @@ def make_regularizer(source: Source, layer: nn.Module, name: str) -> nn.Module:
 
 
 def has_drop_prob(regularizer: object) -> bool:
-    """Whether a module, or the modules of a class, let their drop probability be set.
-
-    Args:
-        regularizer: the module or class.
-
-    Returns:
-        True where there is a method ``set_drop_prob``.
-    """
+    """Whether a module, or the modules of a class, let their drop probability be set."""
     return callable(getattr(regularizer, "set_drop_prob", None))
 
 
 def is_learned(regularizer: nn.Module) -> bool:
-    """Whether a module has parameters.
-
-    Args:
-        regularizer: the module.
-
-    Returns:
-        True where there is any.
-    """
+    """Whether a module has parameters."""
     return next(regularizer.parameters(), None) is not None
 
 
 def own_drop_prob(regularizer: nn.Module) -> float:
-    """Return the drop probability that a module tells.
-
-    Args:
-        regularizer: the module.
-
-    Returns:
-        Its ``drop_prob``, or ``p`` as in torch's own; NaN where neither is a number.
-    """
+    """Return the drop probability that a module tells."""
     for value in (getattr(regularizer, "drop_prob", None), getattr(regularizer, "p", None)):
         if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
             return float(value)
@@ -91,16 +56,7 @@ def own_drop_prob(regularizer: nn.Module) -> float:
 
 
 def check_setting(name: str, value: Any, regularizer: nn.Module | type) -> None:
-    """Check that a setting of the drop probability goes with a regulariser.
-
-    Args:
-        name: of the argument.
-        value: what was given, ``None`` for nothing.
-        regularizer: a module, or the class of one.
-
-    Raises:
-        ValueError: where something was given and there is no ``set_drop_prob``.
-    """
+    """Check that a setting of the drop probability goes with a regulariser."""
     if value is not None and not has_drop_prob(regularizer):
         kind = regularizer if isinstance(regularizer, type) else type(regularizer)
         raise ValueError(

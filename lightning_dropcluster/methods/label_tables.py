@@ -52,14 +52,16 @@ def resize_labels(labels: Tensor, spatial: tuple[int, ...]) -> Tensor:
 def smallest_integer_type(num_labels: int) -> torch.dtype:
     """Return the smallest integer type that holds labels in [0, num_labels).
 
-    Args:
-        num_labels: at least 1.
-
-    Returns:
-        uint8, int16 or int32.
-
     Example:
         >>> smallest_integer_type(257)
         torch.int16
     """
     return torch.uint8 if num_labels <= 256 else torch.int16 if num_labels <= 32768 else torch.int32
+
+
+def kept_ratio_of_clusters(keep: Tensor, sizes: Tensor, num_features: int) -> Tensor:
+    """(number of features) / (number kept) over the batch, 0-d float32; finite where nothing is kept."""
+    total = float(num_features * keep.shape[0])
+    dropped = ((~keep).sum(0, dtype=torch.float32) * sizes).sum()
+    # As a sum it is exactly 1 where nothing is dropped; torch divides a number by a tensor less exactly.
+    return 1.0 + dropped / (total - dropped).clamp(min=1.0)

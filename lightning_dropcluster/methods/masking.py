@@ -13,15 +13,7 @@ class Draw(Protocol):
     """Draws numbers uniform in [0, 1); `draw_uniform` is the usual one."""
 
     def __call__(self, shape: Sequence[int], *, device: torch.device | None = None) -> Tensor:
-        """Draw a float32 tensor.
-
-        Args:
-            shape: the batch first.
-            device: where to draw.
-
-        Returns:
-            A tensor of that shape.
-        """
+        """Draw a float32 tensor."""
         ...
 
 
@@ -64,18 +56,36 @@ def draw_uniform(
     return torch.cat([uniform, _LAST - uniform]) if paired else uniform
 
 
+def draw_keep_table(
+    shape: tuple[int, int, int],
+    drop_prob: Tensor | float,
+    *,
+    device: torch.device | None = None,
+    draw: Draw = draw_uniform,
+) -> Tensor:
+    """Draw which clusters stay.
+
+    Args:
+        shape: (samples, maps, clusters).
+        drop_prob: probability in [0, 1) that a cluster is dropped; a 0-d tensor avoids recompilation.
+        device: where to draw.
+        draw: where the uniform numbers come from; `draw_uniform` can also draw apart on ranks that are seeded
+            alike, and pairs that drop different clusters.
+
+    Returns:
+        A bool table of that shape, True where the cluster stays.
+
+    Example:
+        >>> draw_keep_table((2, 3, 4), 0.0).all().item()
+        True
+    """
+    return draw(shape, device=device) >= drop_prob
+
+
 def drop(x: Tensor, dropped: Tensor, scale: Tensor | float) -> Tensor:
     """Set features to zero and rescale the others.
 
     Backward saves the mask and the scale, never a product of the activation's size; second derivatives work.
-
-    Args:
-        x: activation of any shape, floating point.
-        dropped: bool, of a shape that broadcasts to that of ``x``.
-        scale: factor for what is kept, a number or a 0-d tensor; it is rounded to the type of ``x``.
-
-    Returns:
-        A tensor like ``x``: same shape, dtype, device and memory format.
 
     Example:
         >>> drop(torch.ones(4), torch.tensor([True, False, False, False]), 1.5)
@@ -89,12 +99,6 @@ def drop(x: Tensor, dropped: Tensor, scale: Tensor | float) -> Tensor:
 def expected_scale(drop_prob: Tensor | float) -> Tensor | float:
     """Return 1 / (1 - drop_prob), which keeps the mean where each feature is dropped with that probability.
 
-    Args:
-        drop_prob: in [0, 1), a number or a tensor of any shape.
-
-    Returns:
-        The factor; for a tensor in float32, since a coarser type would bias the mean.
-
     Example:
         >>> expected_scale(0.5)
         2.0
@@ -104,12 +108,6 @@ def expected_scale(drop_prob: Tensor | float) -> Tensor | float:
 
 def kept_ratio(dropped: Tensor) -> Tensor:
     """Return (number of features) / (number kept) over the batch.
-
-    Args:
-        dropped: bool, of any shape.
-
-    Returns:
-        The ratio, 0-d float32; exactly 1 where nothing is dropped, and 1 where nothing is kept.
 
     Example:
         >>> kept_ratio(torch.tensor([True, False, False, False]))

@@ -23,12 +23,7 @@ from lightning_dropcluster.methods.factory import (
 
 
 class RegularizedLayers:
-    """Everything that happens to the chosen layers; the callback only says when.
-
-    Args:
-        source: where the regularisers come from.
-        drop_prob: at the end of the schedule; ``None`` for each module's own.
-    """
+    """Everything that happens to the chosen layers; the callback only says when."""
 
     def __init__(self, source: Source, drop_prob: float | None) -> None:
         self.source, self.drop_prob = source, drop_prob
@@ -52,11 +47,7 @@ class RegularizedLayers:
         return any(map(is_learned, self.regularizers.values()))
 
     def register(self, modules: Mapping[str, nn.Module]) -> None:
-        """Put regularisers that have parameters into their layers; nothing happens where they are there.
-
-        Args:
-            modules: name to layer.
-        """
+        """Put regularisers that have parameters into their layers; nothing happens where they are there."""
         # All are made before the model changes.
         made = {name: self._get_or_make(name, layer) for name, layer in modules.items()}
         for name, regularizer in made.items():
@@ -65,15 +56,7 @@ class RegularizedLayers:
                 modules[name].add_module(LEARNED_CHILD, _Learned(regularizer.to(weight.device)))
 
     def attach(self, modules: Mapping[str, nn.Module], device: torch.device) -> None:
-        """Hook the layers; those whose regulariser was forgotten get a new one.
-
-        Args:
-            modules: name to layer.
-            device: where the model is.
-
-        Raises:
-            ValueError: where a regulariser has parameters that are not in the model.
-        """
+        """Hook the layers; those whose regulariser was forgotten get a new one."""
         self.detach()
         for name, layer in modules.items():
             regularizer = self._get_or_make(name, layer)
@@ -98,25 +81,12 @@ class RegularizedLayers:
         self._injection = Injection({}, {})
 
     def forget(self, modules: Mapping[str, nn.Module]) -> None:
-        """Forget the regularisers of an earlier training, but for those that are part of the model.
-
-        Args:
-            modules: name to layer.
-        """
+        """Forget the regularisers of an earlier training, but for those that are part of the model."""
         kept = [name for name, layer in modules.items() if self._is_registered(name, layer)]
         self.regularizers = {name: self.regularizers[name] for name in kept}
 
     def begin_step(self, fraction: float, drop_prob: float | None = None, *, is_clean: bool = False) -> float:
-        """Set what the hooks do in the coming step.
-
-        Args:
-            fraction: of the drop probability to use, in [0, 1]; nothing is applied at 0.
-            drop_prob: in place of each regulariser's own.
-            is_clean: whether nothing is to be applied in this step.
-
-        Returns:
-            The largest drop probability in use but for clean steps, NaN where no regulariser tells one.
-        """
+        """Set what the hooks do in the coming step."""
         used = {name: full if drop_prob is None else drop_prob for name, full in self._drop_probs.items()}
         for name, hook in self._injection.hooks.items():
             regularizer: Any = self.regularizers[name]
@@ -134,19 +104,11 @@ class RegularizedLayers:
         self._injection.pause()
 
     def never_ran(self) -> list[str]:
-        """Name the layers that have not run in training since they were hooked, but for those in eval mode.
-
-        Returns:
-            Their names, in order.
-        """
+        """Name the layers in training mode that have not run since they were hooked."""
         return self._injection.never_ran()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the regularisers, which the model's own state_dict leaves out.
-
-        Returns:
-            Name to state_dict, on the CPU, of those that have any.
-        """
+        """Return the states of the regularisers, which the model's own state_dict leaves out."""
         states = {name: regularizer.state_dict() for name, regularizer in self.regularizers.items()}
         return {
             name: {key: value.cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
@@ -155,14 +117,7 @@ class RegularizedLayers:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over the states of the regularisers of hooked layers.
-
-        Args:
-            state: what `state_dict` returned.
-
-        Raises:
-            ValueError: where a state does not fit its regulariser.
-        """
+        """Take over the states of the regularisers of hooked layers."""
         for name in self._injection.hooks.keys() & state.keys():
             try:
                 self.regularizers[name].load_state_dict(state[name])
@@ -214,10 +169,6 @@ def _miss_nothing(_module: nn.Module, keys: Any) -> None:
 
 
 def unregister(model: nn.Module) -> None:
-    """Take learned regularisers out of a model.
-
-    Args:
-        model: any.
-    """
+    """Take learned regularisers out of a model."""
     for module in list(model.modules()):
         module._modules.pop(LEARNED_CHILD, None)

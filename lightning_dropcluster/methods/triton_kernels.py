@@ -70,9 +70,10 @@ def drop_kernel(
     cell = c * clusters + label if PER_MAP else label
     word = tl.load(words + tl.program_id(1).to(tl.int64) * cells + cell, mask=inside, other=0)
     if BY_BATCH:
-        scale = (1.0 / tl.maximum(total - tl.load(dropped).to(tl.float32), 1.0)) * total
+        gone = tl.load(dropped).to(tl.float32)
+        scale = 1.0 + tl.div_rn(gone, tl.maximum(total - gone, 1.0))
     else:
-        scale = 1.0 / (1.0 - tl.load(prob))
+        scale = tl.div_rn(1.0, 1.0 - tl.load(prob).to(tl.float32))
     if not MEAN:
         scale = scale.to(out.dtype.element_ty)  # as a table of the activation's type would round it
     for i in range(32):
