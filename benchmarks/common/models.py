@@ -12,25 +12,38 @@ from torch import Tensor, nn
 
 from lightning_dropcluster.layers.selection import count_channels
 
-SMALL_RESNET: tuple[str, dict[str, Any]] = (
-    "resnet18",
-    {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256)},
-)
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "small_resnet": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256)}),
+    "small_vit": (
+        "vit_tiny_patch16_224",
+        {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4},
+    ),
+}
+"""Variants of timm's models, by their own names: timm's name, and how they differ."""
+OWN_RATES = {"drop_path": "drop_path_rate", "patch_dropout": "patch_drop_rate"}
+"""What timm drops by itself: its name here, and timm's for the rate."""
 
 
 def build_model(
-    name: str, stem: str, num_classes: int, *, weights: str | None = None, drop_path: float = 0.0
+    name: str,
+    stem: str,
+    num_classes: int,
+    *,
+    weights: str | None = None,
+    own: tuple[str, float] | None = None,
 ) -> nn.Module:
     """Create a model, on request with trained weights or with the small-image stem of ResNets.
 
     Args:
         name: a name that timm knows, or "small_resnet": four stages of one basic block with 32, 64, 128 and
-            256 channels, after ResNet's stem of 64.
+            256 channels, after ResNet's stem of 64; or "small_vit", for images of 32 pixels: four blocks of
+            64 channels on patches of 4 pixels.
         stem: "timm" keeps the stem; "cifar" gives a ResNet a 3x3 convolution of stride 1 without pooling.
         num_classes: outputs.
         weights: "timm" loads the weights that timm has for the model, downloaded once, and a file those in
             it; None draws random ones. A classifier of another number of classes stays random.
-        drop_path: probability in [0, 1) that timm drops the last residual branch; less before it.
+        own: one of `OWN_RATES` and its probability in [0, 1): that timm drops the last residual branch, and
+            less before it, or a patch.
 
     Returns:
         The model.
@@ -39,11 +52,11 @@ def build_model(
         ValueError: if timm does not know the model or has no weights for it, `weights` is no file, or there
             is no ResNet stem to replace.
     """
-    timm_name, shape = SMALL_RESNET if name == "small_resnet" else (name, {})
+    timm_name, shape = SMALL.get(name, (name, {}))
     if not timm.is_model(timm_name):
-        near = get_close_matches(name, ["small_resnet", *timm.list_models()], n=3)
+        near = get_close_matches(name, [*SMALL, *timm.list_models()], n=3)
         raise ValueError(f"model must be a name that timm knows, got {name!r}; nearest: {', '.join(near)}")
-    options = {**shape, "drop_path_rate": drop_path} if drop_path else shape
+    options = {**shape, OWN_RATES[own[0]]: own[1]} if own else shape
     if weights is not None:
         options = {**options, **_trained(name, weights)}
     model = timm.create_model(timm_name, num_classes=num_classes, **options)
@@ -64,7 +77,7 @@ def _trained(name: str, weights: str) -> dict[str, Any]:
 
 def trained_moments(name: str) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, (3, 1, 1), by which timm's weights for a model want images normalised."""
-    known: Any = timm.get_pretrained_cfg(SMALL_RESNET[0] if name == "small_resnet" else name)
+    known: Any = timm.get_pretrained_cfg(SMALL.get(name, (name,))[0])
     return torch.tensor(known.mean).reshape(-1, 1, 1), torch.tensor(known.std).reshape(-1, 1, 1)
 
 

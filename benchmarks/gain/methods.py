@@ -7,17 +7,17 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import nn
 
-from benchmarks.common.models import tell_channels
+from benchmarks.common.models import OWN_RATES, tell_channels
 from benchmarks.gain.controls import Blocks, Shuffled
 from benchmarks.gain.settings import Settings
 from lightning_dropcluster import REGULARIZERS, DropCluster, StructuredDropout
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans
 
-UNHOOKED = ("none", "drop_path")
+UNHOOKED = ("none", *OWN_RATES)
 WITH_BLOCKS = ("drop_block", "prob_drop_block", "corr_drop")
 
 # Settings that callbacks take under the same name; a new option of theirs belongs here and in `Settings`.
-OF_BOTH = ("start", "schedule", "clean_statistics")
+OF_BOTH = ("start", "schedule", "clean_statistics", "channel_dim")
 OF_DROP_CLUSTER = ("fill", "cluster_size", "scope", "every_n_epochs", "num_samples", "per_sample", "seed")
 
 

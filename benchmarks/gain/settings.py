@@ -19,6 +19,7 @@ RegularizerName = Literal[
     "corr_drop",
     "advanced_dropout",
     "drop_path",
+    "patch_dropout",
 ]
 ClustersName = Literal["learned", "shuffled", "blocks"]
 
@@ -28,7 +29,7 @@ class Settings:
     """Everything that a run depends on.
 
     Args:
-        model: any timm model name, or "small_resnet", see `build_model`.
+        model: any timm model name, "small_resnet" or "small_vit", see `build_model`.
         weights: start from those that timm downloads ("timm") or from those in a file, and normalise images
             as timm says for the model; from random ones by default.
         stem: "timm" keeps the stem; "cifar" gives a ResNet a 3x3 convolution of stride 1 without pooling.
@@ -47,11 +48,12 @@ class Settings:
             with which NLL and ECE are scored once more; none by default.
         augment: shift training images and mirror them where that keeps their class.
         regularizer: "none", "dropcluster", the name of another of the package's regularisers, which is
-            attached by StructuredDropout, or "drop_path", timm's own, at a rate that grows from block to
-            block up to `drop_prob` and stays as it is in training; the options from `layers` to `schedule`
-            are for all but the last.
+            attached by StructuredDropout, or one of timm's own: "drop_path", at a rate that grows from block
+            to block up to `drop_prob`, or "patch_dropout", of a transformer's tokens; their rates stay as
+            they are in training, and the options from `layers` to `schedule` are not for them.
         layers: pattern or list of patterns of layer names; the first convolution by default.
         any_layer: let `layers` name modules of any type, such as activations, not convolutions only.
+        channel_dim: -1 for layers with channels last, such as the blocks of transformers.
         drop_prob: drop probability at the end of training, in [0, 1), or "auto", which follows the loss on
             the images to calibrate on and needs no `schedule`.
         start: fraction of training (0.25) or epoch (40) from which something is dropped.
@@ -75,7 +77,8 @@ class Settings:
         batch_size: images per step, at least 1.
         lr: peak of the one-cycle learning rate, above 0.
         regularizer_lr: peak for the parameters of a regulariser that is learned, above 0; by default `lr`.
-        weight_decay: of SGD, at least 0.
+        weight_decay: at least 0.
+        optimizer: "sgd", with Nesterov momentum, or "adamw".
         precision: of the arithmetic, in Lightning's words.
         channels_last: store images and weights with the channels last, often faster.
         seed: of weights, batches, subset and clustering.
@@ -98,6 +101,7 @@ class Settings:
     regularizer: RegularizerName = "none"
     layers: str | list[str] | None = None
     any_layer: bool = False
+    channel_dim: Literal[1, -1] = 1
     drop_prob: float | Literal["auto"] = 0.15
     start: int | float = 0.25
     schedule: Literal["linear", "constant", "cosine"] = "linear"
@@ -117,6 +121,7 @@ class Settings:
     lr: float = 0.1
     regularizer_lr: float | None = None
     weight_decay: float = 5e-4
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     channels_last: bool = False
     seed: int = 0

@@ -13,7 +13,7 @@ from jsonargparse import auto_cli
 from torch import Tensor, nn
 
 from benchmarks.common.data import ImageDataModule, ValidatedDataModule, load
-from benchmarks.common.models import build_model, trained_moments
+from benchmarks.common.models import OWN_RATES, build_model, trained_moments
 from benchmarks.common.record import provenance, quiet, write_line
 from benchmarks.gain.methods import build_callback
 from benchmarks.gain.old_averages import OldAverages
@@ -25,7 +25,7 @@ from lightning_dropcluster.visualization import plot_clusters
 
 
 class Classifier(RBlock, pl.LightningModule):
-    """Cross entropy or R-Block's loss, SGD with Nesterov momentum, one learning-rate cycle."""
+    """Cross entropy or R-Block's loss, SGD with Nesterov momentum or AdamW, one learning-rate cycle."""
 
     def __init__(
         self,
@@ -34,8 +34,10 @@ class Classifier(RBlock, pl.LightningModule):
         weight_decay: float,
         pair_weight: float = 0.0,
         regularizer_lr: float | None = None,
+        optimizer: str = "sgd",
     ) -> None:
         super().__init__()
+        self.optimizer = optimizer
         self.model, self.lr, self.weight_decay, self.pair_weight = model, lr, weight_decay, pair_weight
         self.regularizer_lr = lr if regularizer_lr is None else regularizer_lr
 
@@ -64,10 +66,15 @@ class Classifier(RBlock, pl.LightningModule):
         learned = [p for m in self.modules() if isinstance(m, Regularizer) for p in m.parameters()]
         others = [p for p in self.parameters() if all(p is not q for q in learned)]
         groups = [{"params": others}, {"params": learned}]
-        sgd = torch.optim.SGD(groups, self.lr, momentum=0.9, nesterov=True, weight_decay=self.weight_decay)
+        if self.optimizer == "adamw":
+            made: Any = torch.optim.AdamW(groups, self.lr, weight_decay=self.weight_decay)
+        else:
+            made = torch.optim.SGD(
+                groups, self.lr, momentum=0.9, nesterov=True, weight_decay=self.weight_decay
+            )
         steps, peaks = int(self.trainer.estimated_stepping_batches), [self.lr, self.regularizer_lr]
-        cycle = torch.optim.lr_scheduler.OneCycleLR(sgd, peaks, total_steps=steps, cycle_momentum=False)
-        return {"optimizer": sgd, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+        cycle = torch.optim.lr_scheduler.OneCycleLR(made, peaks, total_steps=steps, cycle_momentum=False)
+        return {"optimizer": made, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -139,10 +146,8 @@ def build_batches(settings: Settings) -> ImageDataModule:
 
 def build_classifier(settings: Settings, num_classes: int) -> Classifier:
     """Create the model that the settings describe, ready to be trained."""
-    drop_path = float(settings.drop_prob) if settings.regularizer == "drop_path" else 0.0
-    model = build_model(
-        settings.model, settings.stem, num_classes, weights=settings.weights, drop_path=drop_path
-    )
+    own = (settings.regularizer, float(settings.drop_prob)) if settings.regularizer in OWN_RATES else None
+    model = build_model(settings.model, settings.stem, num_classes, weights=settings.weights, own=own)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return Classifier(
@@ -151,6 +156,7 @@ def build_classifier(settings: Settings, num_classes: int) -> Classifier:
         weight_decay=settings.weight_decay,
         pair_weight=settings.pair_weight,
         regularizer_lr=settings.regularizer_lr,
+        optimizer=settings.optimizer,
     )
 
 
