@@ -153,8 +153,8 @@ class Anything(pl.LightningModule):
 class Watch(pl.Callback):
     """Note the share of zeros in the outputs of layers, by step."""
 
-    def __init__(self, layers, layer_types=None) -> None:
-        self.layers, self.layer_types, self.handles = layers, layer_types, []
+    def __init__(self, layers, layer_types=None, channel_dim=1) -> None:
+        self.layers, self.layer_types, self.channel_dim, self.handles = layers, layer_types, channel_dim, []
         self.zeros: dict[str, list[list[float]]] = {}
         self.num_labels: list[int] = []
 
@@ -165,7 +165,7 @@ class Watch(pl.Callback):
                 lambda m, args, out: self.zeros[name][-1].append((out == 0).float().mean().item())
             )
 
-        picked = select_layers(pl_module, self.layers, self.layer_types)
+        picked = select_layers(pl_module, self.layers, self.layer_types, channel_dim=self.channel_dim)
         self.handles = [watch(name, module) for name, module in picked.items()]
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -207,11 +207,12 @@ def fit_and_check(make_model, layers, loader, *, drops=True, **options) -> tuple
         0.5,
         **({"start": 0.0, "schedule": "constant", "every_n_epochs": 0, "num_samples": 4} | options),
     )
-    watch = Watch(layers, options.get("layer_types"))
+    picking = {name: options[name] for name in ("layer_types", "channel_dim") if name in options}
+    watch = Watch(layers, **picking)
     # Clipped, since BatchNorm over the few positions of small images has huge gradients.
     make_trainer(callback, watch, max_epochs=1, gradient_clip_val=1.0).fit(module, loader)
 
-    picked = select_layers(module, layers, options.get("layer_types"))
+    picked = select_layers(module, layers, **picking)
     assert list(callback.labels) == list(picked)
     for name, labels in callback.labels.items():
         assert labels.shape[0] == getattr(picked[name], "out_channels", labels.shape[0])
@@ -240,6 +241,48 @@ def assert_same_outputs(first: nn.Module, second: nn.Module, x: Tensor) -> None:
         assert torch.equal(mine, other)
 
 
+# timm's module: name, pattern (None for the stages), input size; all give channels last, and none is a conv.
+LAST = {
+    "beit": ("beit_base_patch16_224", "blocks.[01]", 32),
+    "cait": ("cait_xxs24_224", "blocks.[01].attn", 64),
+    "convit": ("convit_tiny", "blocks.[01].mlp", 64),
+    "deit": ("deit_tiny_distilled_patch16_224", "blocks.[01]", 64),
+    "eva": ("eva02_tiny_patch14_224", "blocks.[01].mlp", 56),
+    "hiera": ("hiera_tiny_224", None, 64),
+    "levit": ("levit_128s", None, 64),
+    "maxxvit": ("maxvit_pico_rw_256", "stages.[01].**.attn_block", 64),
+    "mlp_mixer": ("mixer_s32_224", None, 64),
+    "mvitv2": ("mvitv2_tiny", "stages.[01].**.mlp", 64),
+    "nest": ("nest_tiny", "levels.0.transformer_encoder.*", 64),
+    "pit": ("pit_ti_224", "transformers.0.blocks.*", 64),
+    "pvt_v2": ("pvt_v2_b0", "stages.[01].blocks.*", 64),
+    "sequencer": ("sequencer2d_s", "stages.0", 64),
+    "swin_transformer": ("swin_tiny_patch4_window7_224", None, 64),
+    "swin_transformer_v2": ("swinv2_tiny_window8_256", "layers.*.blocks.0.mlp.fc1", 64),
+    "swin_transformer_v2_cr": ("swinv2_cr_tiny_ns_224", "stages.[01].blocks.*", 64),
+    "tiny_vit": ("tiny_vit_5m_224", "stages.1.blocks.*.mlp", 64),
+    "tnt": ("tnt_s_patch16_224", "blocks.[01].mlp", 64),
+    "twins": ("twins_svt_small", "blocks.0.*.mlp", 64),
+    "vision_transformer": ("vit_tiny_patch16_224", None, 64),
+    "vision_transformer_hybrid": ("vit_tiny_r_s16_p8_224", "blocks.[01].attn.proj", 64),
+    "vision_transformer_relpos": ("vit_relpos_small_patch16_224", "blocks.[01]", 64),
+    "vision_transformer_sam": ("samvit_base_patch16", "blocks.[01]", 64),
+    "vitamin": ("vitamin_small_224", "blocks.[01]", 64),
+    "volo": ("volo_d1_224", "network.[02]", 64),
+    "xcit": ("xcit_nano_12_p16_224", "blocks.[01]", 64),
+}
+# Transformers and their kin whose stages give maps.
+FIRST = {
+    "davit": ("davit_tiny", None, 64),
+    "efficientformer": ("efficientformer_l1", None, 224),
+    "focalnet": ("focalnet_tiny_srf", None, 64),
+    "gcvit": ("gcvit_xxtiny", None, 64),
+    "metaformer": ("poolformer_s12", None, 64),
+    "nextvit": ("nextvit_small", None, 64),
+}
+QUICK_LAST = ("vision_transformer", "swin_transformer", "levit", "pvt_v2")
+
+
 def all_entries():
     for family, entries in ZOO.items():
         for position, (name, pattern, size) in enumerate(entries):
@@ -252,7 +295,8 @@ def test_the_zoo_is_as_large_as_it_says():
     names = {name for entries in ZOO.values() for name, _, _ in entries}
     assert len(names) >= 40
     assert len(ZOO) >= 25
-    for family, entries in ZOO.items():
+    assert len(LAST) >= 20
+    for family, entries in [*ZOO.items(), *((f, [e]) for f, e in (LAST | FIRST).items())]:
         for name, _, _ in entries:
             assert timm.models.model_entrypoint(name).__module__ == f"timm.models.{family}"
 
@@ -260,6 +304,19 @@ def test_the_zoo_is_as_large_as_it_says():
 @pytest.mark.parametrize(("name", "pattern", "size"), list(all_entries()))
 def test_timm(name, pattern, size):
     fit_and_check(lambda: make_timm(name, size), pattern, make_loader(10, 2, size))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "size", "channel_dim"),
+    [
+        pytest.param(*entry, channel_dim, marks=() if family in QUICK_LAST else pytest.mark.long, id=family)
+        for channel_dim, entries in ((-1, LAST), (1, FIRST))
+        for family, entry in entries.items()
+    ],
+)
+def test_transformers(name, layers, size, channel_dim):
+    options = {"channel_dim": channel_dim, "every_n_epochs": None, "every_n_train_steps": 2}
+    fit_and_check(lambda: make_timm(name, size), layers, make_loader(10, 2, size), **options)
 
 
 @pytest.mark.long

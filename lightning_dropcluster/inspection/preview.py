@@ -30,8 +30,8 @@ class LayerPreview:
     Args:
         name: as `select_layers` gives it.
         type: the module's class.
-        shape: (C, *spatial) of the output, with tokens of an image on their grid; ``None`` where the output is
-            not one tensor, or the layer does not run in eval mode.
+        shape: (C, *spatial) of the output, with tokens of an image on their grid; ``None`` where the output
+            is not one tensor, or the layer does not run in eval mode.
         problems: how many clusterings there are, for example one per feature map.
         num_clusters: clusters in each of them.
         sketch_bytes: memory of the layer's sketch while a gathering window is open.
