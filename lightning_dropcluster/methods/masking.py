@@ -114,9 +114,11 @@ def kept_ratio(dropped: Tensor) -> Tensor:
         tensor(1.3333)
     """
     # A quotient of integers would take torch's default type, in which Lightning's true half precision
-    # counts no further than 65,504.
-    kept = (dropped.numel() - dropped.count_nonzero()).float()
-    return torch.where(kept > 0, dropped.numel() / kept, 1.0)
+    # counts no further than 65,504. As a sum the ratio is exactly 1 where nothing is dropped: torch divides
+    # a number by a tensor by way of its reciprocal.
+    count = dropped.count_nonzero()
+    kept = (dropped.numel() - count).float()
+    return torch.where(kept > 0, 1.0 + count.float() / kept, 1.0)
 
 
 def _drop(x: Tensor, dropped: Tensor, scale: Tensor) -> Tensor:

@@ -19,6 +19,11 @@ def test_first_and_second_derivatives_are_exact():
     assert torch.autograd.gradgradcheck(lambda x: drop(x**3, dropped, 1.5), x)
 
 
+@pytest.mark.parametrize("features", [41, 47, 82])  # whose reciprocals are not exact
+def test_the_kept_ratio_of_all_is_exactly_one(features):
+    assert kept_ratio(torch.zeros(features, dtype=torch.bool)).item() == 1.0
+
+
 @pytest.mark.parametrize("scale", [1.25, torch.inf])
 def test_a_scale_given_as_tensor_equals_the_number_and_spares_what_is_dropped(scale):
     x, dropped = torch.ones(3), torch.tensor([True, False, True])
