@@ -71,7 +71,7 @@ def by_flash(sketches: Sketches) -> Labels:
 
     found = {}
     for name, sketch in sketches.items():
-        profiles = sketch.profiles()
+        profiles = sketch.profiles().contiguous()
         tiles = F.one_hot(tile(sketch.shape[1:], clusters_of(sketch)).to(profiles.device)).float()
         means = (tiles / tiles.sum(0)).T @ profiles
         found[name] = batch_kmeans_Euclid(profiles, means.shape[1], MAX_ITER, init_centroids=means)[0]

@@ -137,9 +137,9 @@ def run_part(part: Part, limit: float, folder: Path, env: Mapping[str, str] | No
         except subprocess.TimeoutExpired:
             state = f"stopped after {limit:.0f} s"
         finally:
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+                process.wait(10)  # one that waits for a device that hangs cannot even be killed
     printed = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
     return Outcome(part, state, round(time.monotonic() - started, 1), read_records(out), "\n".join(printed))
 
