@@ -31,6 +31,7 @@ class Goal:
         at_most: bound from above; or
         at_least: from below; without either the entry is shown and never missed.
         where: other entries that the record must have.
+        anywhere: whether it must be met on any machine, in whatever size.
     """
 
     what: str
@@ -38,6 +39,7 @@ class Goal:
     at_most: float | None = None
     at_least: float | None = None
     where: Mapping[str, Any] = field(default_factory=dict)
+    anywhere: bool = False
 
     def measured(self, records: Sequence[Mapping[str, Any]]) -> float | None:
         """Look the entry up; None where no record has it."""
