@@ -19,7 +19,8 @@ def adjusted_rand_index(
     now, before = (_sample(one, max_problems, max_items).to(labels.device) for one in (labels, previous))
     pairs = torch.stack([_count_pairs(one) for one in (now, before, (now << 32) + before)])
     items = now.shape[1]
-    scores = [_score(*counts, items * (items - 1) // 2) for counts in pairs.T.tolist()]
+    total = items * (items - 1) // 2
+    scores = [_score(first, second, both, total) for first, second, both in pairs.T.tolist()]
     return sum(scores) / len(scores)
 
 
