@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -193,6 +193,7 @@ def resnet50_windows(
     sketch_dim: int,
     sizes: tuple[tuple[int, int, int], ...] = RESNET50,
     maps: int | None = None,
+    through: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[dict[str, Sketch], dict[str, Sketch]]:
     """Sketch all conv2 layers of a ResNet-50 at 224 px in two windows; layers of one size share a sketch.
 
@@ -201,15 +202,18 @@ def resnet50_windows(
         samples: in each window.
         sketch_dim: columns.
         sizes: which layers, as in `RESNET50`.
-        maps: of each layer; all by default.
+        maps: of each layer, at most; all by default.
+        through: what is done with the outputs first.
 
     Returns:
         Name to sketch, in the earlier and in the later window.
     """
     windows: tuple[dict[str, Sketch], dict[str, Sketch]] = ({}, {})
     for channels, side, layers in sizes:
-        acts = random_fields(channels, side, maps=maps or channels, samples=samples).to(device)
+        some = min(channels, maps or channels)
+        acts = random_fields(channels, side, maps=some, samples=samples, device=device)
         for window, outputs in zip(windows, (acts.before, acts.now), strict=True):
-            sketch = sketch_of(outputs, sketch_dim, window=len(window))
+            seen = outputs if through is None else through(outputs)
+            sketch = sketch_of(seen, sketch_dim, window=len(window))
             window |= {f"{side}.{layer}": sketch for layer in range(layers)}
     return windows

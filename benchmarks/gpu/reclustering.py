@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
-import faiss
 import torch
 import torch.nn.functional as F
 from jsonargparse import auto_cli
@@ -16,12 +15,12 @@ from torch import Tensor
 
 from benchmarks.common.inertia import inertia
 from benchmarks.common.record import provenance, write_line
-from benchmarks.cost.activations import CLUSTER_SIZE, random_fields, sketch_of
+from benchmarks.cost.activations import CLUSTER_SIZE, RESNET50, resnet50_windows
 from benchmarks.cost.contenders import MAX_ITER, recluster
-from benchmarks.cost.reclustering import RESNET50, run_alternating, timing
+from benchmarks.cost.reclustering import run_alternating, timing
+from benchmarks.cost.searches import search_records
 from benchmarks.cost.timing import usual_device
 from lightning_dropcluster.clustering import FaissKMeans, TorchKMeans
-from lightning_dropcluster.clustering.faiss_search import FaissLloyd
 from lightning_dropcluster.clustering.tiles import tile
 from lightning_dropcluster.learning.sketch import Sketch
 
@@ -50,19 +49,9 @@ class Settings:
     out: str | None = None
 
 
-def windows(settings: Settings, device: torch.device) -> tuple[Sketches, Sketches, Sketches]:
-    """Sketch an earlier window, one now, and one after a strict ReLU; layers of one size share a sketch."""
-    before, now, sparse = Sketches(), Sketches(), Sketches()
-    for channels, side, layers in RESNET50:
-        if side > settings.largest:
-            continue
-        maps = min(channels, settings.maps)
-        acts = random_fields(channels, side, maps=maps, samples=settings.samples, device=device)
-        rectified = F.relu(acts.now - SPARSE * acts.now.std())
-        for window, outputs in ((before, acts.before), (now, acts.now), (sparse, rectified)):
-            sketch = sketch_of(outputs, 64, window=int(window is not before))
-            window |= {f"{side}.{layer}": sketch for layer in range(layers)}
-    return before, now, sparse
+def strict_relu(outputs: Tensor) -> Tensor:
+    """Leave one feature in fifteen; most maps then need repair."""
+    return F.relu(outputs - SPARSE * outputs.std())
 
 
 def by_flash(sketches: Sketches) -> Labels:
@@ -78,23 +67,6 @@ def by_flash(sketches: Sketches) -> Labels:
     return found
 
 
-@contextmanager
-def counted(device: torch.device) -> Iterator[list[None]]:
-    """Note each of FAISS's searches on the device."""
-    name = "knn_gpu" if device.type == "cuda" else "knn"
-    search, calls = getattr(faiss, name), list[None]()
-
-    def noting(*args: Any, **options: Any) -> Any:
-        calls.append(None)
-        return search(*args, **options)
-
-    setattr(faiss, name, noting)
-    try:
-        yield calls
-    finally:
-        setattr(faiss, name, search)
-
-
 def clusters_of(sketch: Sketch) -> int:
     """As many as `recluster` asks for."""
     return max(1, round(sketch.shape[1] * sketch.shape[2] / CLUSTER_SIZE))
@@ -107,25 +79,27 @@ def total_inertia(sketches: Sketches, labels: Labels) -> float:
 
 def records(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
     """Time each case, and weigh what it finds; flash-kmeans comes last, since it may not run everywhere."""
-    before, now, sparse = windows(settings, device)
-    by_faiss = FaissKMeans if device.type == "cuda" else FaissLloyd  # what a GPU does
-    old = recluster(before, {}, by_faiss())
+    sizes = tuple(size for size in RESNET50 if size[1] <= settings.largest)
+    sketch = partial(
+        resnet50_windows, device, samples=settings.samples, sketch_dim=64, sizes=sizes, maps=settings.maps
+    )
+    (before, now), (_, sparse) = sketch(), sketch(through=strict_relu)
+    old = recluster(before, {}, FaissKMeans())
+    what = {"benchmark": "reclustering on a device", "features": sum(map(Tensor.numel, old.values()))}
+    for record in search_records(before, now, device):
+        yield {**what, **record, "case": f"searches, {record['case']}"}
     cases = {
-        "cold": lambda seed: recluster(now, {}, by_faiss(seed=seed)),
-        "warm": lambda seed: recluster(now, old, by_faiss(seed=seed)),
-        "sparse": lambda seed: recluster(sparse, {}, by_faiss(seed=seed)),
+        "cold": lambda seed: recluster(now, {}, FaissKMeans(seed=seed)),
+        "warm": lambda seed: recluster(now, old, FaissKMeans(seed=seed)),
+        "sparse": lambda seed: recluster(sparse, {}, FaissKMeans(seed=seed)),
         "torch, cold": lambda seed: recluster(now, {}, TorchKMeans(seed=seed)),
     }
     runs = run_alternating(cases, settings.repeats, device)
     found = {
         case: total_inertia(sparse if case == "sparse" else now, run.labels[0]) for case, run in runs.items()
     }
-    what = {"benchmark": "reclustering on a device", "features": sum(map(Tensor.numel, old.values()))}
     for case, run in runs.items():
-        with counted(device) as searches:
-            cases[case](0)
-        record = {"case": case, "inertia": round(found[case], 3), "searches": len(searches)}
-        yield {**what, **record, **timing(run)}
+        yield {**what, "case": case, **timing(run), "inertia": round(found[case], 3)}
     if device.type == "cuda":
         flash = run_alternating({FLASH: lambda seed: by_flash(now)}, settings.repeats, device)[FLASH]
         times = median(runs["cold"].seconds) / median(flash.seconds)
