@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 import tarfile
 import tomllib
@@ -135,4 +136,5 @@ def table(outcomes: Sequence[Outcome]) -> Table:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # which stops the part that runs, too
     sys.exit(main())
