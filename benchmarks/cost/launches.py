@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.common.record import provenance, write_line
 from lightning_dropcluster import ClusterDrop
-from lightning_dropcluster.methods import fused_drop
+from lightning_dropcluster.methods import triton_ops
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 WITHOUT_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "device")
@@ -36,14 +36,14 @@ class Launches(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.namespace == "lightning_dropcluster":
             with self, self._kernels_counted():
-                getattr(fused_drop, name)._init_fn(*args)
+                getattr(triton_ops, name)._init_fn(*args)
         elif name not in WITHOUT_KERNEL and not func.is_view and not _is_input(out, args):
             self.names[name] += 1
         return out
 
     @contextmanager
     def _kernels_counted(self) -> Iterator[None]:
-        with patch.object(fused_drop, "wrap_triton", lambda kernel: _Grid(self.names, kernel.__name__)):
+        with patch.object(triton_ops, "wrap_triton", lambda kernel: _Grid(self.names, kernel.__name__)):
             yield
 
 
