@@ -188,7 +188,11 @@ class ClusterDrop(DropRegularizer):
         self.write_labels(labels)
 
     def write_labels(self, labels: Tensor) -> None:
-        """Write new labels as `set_labels` does, without its checks: for labels that are known to fit."""
+        """Write new labels as `set_labels` does, without its checks.
+
+        Args:
+            labels: known to fit.
+        """
         self.labels.copy_(labels)
         self.sizes.copy_(cluster_sizes(self.labels, self._num_groups, self.num_clusters))
 
