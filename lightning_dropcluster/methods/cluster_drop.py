@@ -188,16 +188,23 @@ class ClusterDrop(DropRegularizer):
         self.write_labels(labels)
 
     def write_labels(self, labels: Tensor) -> None:
-        """Write new labels as `set_labels` does, without its checks.
+        """Write new labels as `set_labels` does, without its checks: for labels that are known to fit.
 
         Args:
-            labels: known to fit.
+            labels: integers in [0, num_clusters) in the shape of the old ones.
         """
         self.labels.copy_(labels)
         self.sizes.copy_(cluster_sizes(self.labels, self._num_groups, self.num_clusters))
 
     def can_hold(self, labels: Tensor) -> bool:
-        """Whether `set_labels` would take these labels."""
+        """Whether `set_labels` would take these labels.
+
+        Args:
+            labels: integers >= 0, (C or 1, *spatial).
+
+        Returns:
+            True where shape and range fit.
+        """
         return labels.shape == self.labels.shape and int(labels.max()) < self.num_clusters
 
     def regularize(self, x: Tensor) -> Tensor:
