@@ -48,7 +48,10 @@ def saved_bytes(block: Block, x: Tensor) -> dict[str, int]:
         return _boxed(graph)
 
     torch._dynamo.reset()
-    compiled = torch.compile(block, backend=lambda graph, i: compile_fx(graph, i, inner_compile=note))
+    compiled = torch.compile(
+        block,
+        backend=lambda graph, i: compile_fx(graph, i, inner_compile=note),  # pyright: ignore[reportArgumentType]
+    )
     compiled(x)
     torch._dynamo.reset()
     return found

@@ -94,14 +94,19 @@ class Turns(pl.Callback):
         pair, place = divmod(step, 2)
         return place == Random(pair).randrange(2)
 
-    def on_train_batch_start(self, *args: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Note the time before the other callbacks begin with the step."""
+        self._note()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note when the last step is done."""
+        self._note()
+
+    def _note(self) -> None:
         clock(lambda: None, self.device)  # waits for the device
         self.moments.append(Took(time.perf_counter(), time.process_time()))
-
-    def on_train_end(self, *args: Any) -> None:
-        """Note when the last step is done."""
-        self.on_train_batch_start()
 
     def pairs(self) -> list[tuple[Took, Took]]:
         """What a step took that drops, and what its neighbour took that does not."""
@@ -160,7 +165,7 @@ def record(settings: Settings, pairs: list[tuple[Took, Took]], device: torch.dev
             "ratio": round(middle, 4),
             "quartiles": [round(low, 4), round(high, 4)],
         }
-    about = {"pairs": len(pairs), "threads": torch.get_num_threads()}
+    about: dict[str, Any] = {"pairs": len(pairs), "threads": torch.get_num_threads()}
     about["wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "default")
     return {"benchmark": "turns", **found, **about, **provenance(device), "arguments": asdict(settings)}
 

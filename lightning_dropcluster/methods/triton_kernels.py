@@ -86,10 +86,10 @@ def drop_kernel(
             near = tl.load(means + (n.to(tl.int64) * maps + c) * clusters + label, mask=ok, other=0.0).to(
                 TYPE
             )
-            weight = tl.where(kept, 1.0 - scale.to(TYPE), 1.0)
+            weight = tl.where(kept, 1.0 - scale.to(TYPE), 1.0)  # pyright: ignore[reportArgumentType]
             # Exact where the feature is the mean, where the weight is 0, and where it is 1.
             from_value, from_mean = value + weight * (near - value), near - (near - value) * (1.0 - weight)
             made = tl.where(tl.abs(weight) < 0.5, from_value, from_mean)
         else:
-            made = tl.where(kept, value * scale.to(TYPE), 0.0)
+            made = tl.where(kept, value * scale.to(TYPE), 0.0)  # pyright: ignore[reportArgumentType]
         tl.store(out + at, made.to(out.dtype.element_ty), mask=ok)

@@ -105,5 +105,5 @@ def _map(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
     return torch.stack([apply(*one) for one in each]), 0
 
 
-apply.register_autograd(_backward, setup_context=_save)
-apply.register_vmap(_map)
+apply.register_autograd(_backward, setup_context=_save)  # pyright: ignore[reportFunctionMemberAccess]
+apply.register_vmap(_map)  # pyright: ignore[reportFunctionMemberAccess]
