@@ -17,8 +17,6 @@ Record = dict[str, Any]
 STAGES = Path(__file__).with_name("stages")
 NO_MATTER = ("out", "plot", "progress_bar", "data_dir")
 """Settings that do not change what a run finds."""
-GONE = {"variant": "none"}
-"""Settings that only old records have, with the value that did what is done today."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ def key(listed: dict[str, Any]) -> str:
 
     A record stays good when a setting is added whose default does what was done before.
     """
-    usual = {**arguments(Settings()), **GONE}
+    usual = arguments(Settings())
     unusual = {k: v for k, v in listed.items() if k not in NO_MATTER and not (k in usual and usual[k] == v)}
     if "weights" in unusual:
         unusual["weights"] = "trained"  # the same ones, downloaded or from a file
