@@ -17,7 +17,7 @@ from lightning_dropcluster.inspection.suggestions import (
     suggest_stages,
 )
 from lightning_dropcluster.inspection.tracing import Call
-from lightning_dropcluster.layers.channels import Layout, check_channel_dim, find_layouts
+from lightning_dropcluster.layers.channels import Layout, check_channel_dim, find_layouts, misreading
 from lightning_dropcluster.layers.selection import CONV_LAYERS, Layers, LayerTypes, select_layers
 from lightning_dropcluster.learning.scopes import SCOPES, Grouping, Shape
 from lightning_dropcluster.learning.sketch import Sketch
@@ -194,7 +194,7 @@ def misread_warning(names: Sequence[str], channel_dim: int) -> str | None:
     """Say that the channels of layers are elsewhere, and what to do."""
     if not names:
         return None
-    place, remedy = ("last", "give channel_dim=-1") if channel_dim == 1 else ("first", "leave it out")
+    place, remedy = misreading(channel_dim)
     listed = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
     return f"channel_dim={channel_dim}: channels come {place} in the outputs of {listed}; {remedy}"
 

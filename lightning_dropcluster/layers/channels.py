@@ -42,7 +42,7 @@ class Layout:
                 f"has shape {tuple(shape)}, neither (N, C, *spatial) nor (N, *spatial, C); name other layers"
             )
         if self.num_channels == shape[-dim]:
-            place, remedy = ("last", "give channel_dim=-1") if dim == 1 else ("first", "leave it out")
+            place, remedy = misreading(dim)
             raise ValueError(
                 f"channel_dim={dim}: the output of {name!r} has shape {tuple(shape)} with its "
                 f"{self.num_channels} channels {place}; {remedy}"
@@ -86,6 +86,11 @@ class Layout:
             if side and side * side == tokens - count:
                 return count, side, side
         return 0, 1, tokens
+
+
+def misreading(channel_dim: int) -> tuple[str, str]:
+    """Say where channels are that are not where ``channel_dim`` says, and what to do."""
+    return ("last", "give channel_dim=-1") if channel_dim == 1 else ("first", "leave it out")
 
 
 def check_channel_dim(channel_dim: Any) -> int:

@@ -12,17 +12,7 @@ Labels = NDArray[np.int64]
 def repair(
     points: Points, labels: Labels, num_clusters: int, min_share: float, max_share: float = math.inf
 ) -> Labels:
-    """Merge small clusters into their nearest neighbours and split large ones in two.
-
-    The scheme is that of Online Deep Clustering (https://arxiv.org/abs/2006.10645): for each slot that
-    merging leaves empty the largest cluster is split. It splits by 2-means; we cut in equal halves along the
-    longest direction, which cannot fail. The upper bound is against a cluster that swallows the others, as is
-    Hard Regularization (https://arxiv.org/abs/2303.16521), which adds a cost for size to each assignment; we
-    go on splitting, and the smallest cluster makes room each time.
-
-    Shares are of the mean size F / K: ``min_share`` at most 0.5, ``max_share`` at least 2. Every cluster has
-    a member in the end, unless there are fewer than K distinct points; copies of one point stay together.
-    """
+    """Merge small clusters and split large ones as the package does, each problem for itself."""
     labels = _fill(points, labels, num_clusters, min_share)
     most = max_share * len(points) / num_clusters
     if np.bincount(labels).max() > most:

@@ -1,11 +1,18 @@
 """Activations, labels and keep tables, small and of every kind."""
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
 SCOPES = ("map", "position", "layer", "channel")
 SPATIAL = ((5,), (3, 4), (2, 3, 2))
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+in_each_memory_format = pytest.mark.parametrize(
+    ("spatial", "layout"),
+    [((5,), torch.contiguous_format), ((3, 4), torch.channels_last), ((2, 3, 2), torch.channels_last_3d)],
+    ids=["1d", "channels_last", "channels_last_3d"],
+)
 
 
 def label_shape(scope, channels, spatial):

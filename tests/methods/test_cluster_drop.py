@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import FLOATS, SCOPES, SPATIAL, label_shape, make_problem, problems
+from problems import FLOATS, SCOPES, SPATIAL, in_each_memory_format, label_shape, make_problem, problems
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint
@@ -104,11 +104,7 @@ def test_first_and_second_derivatives_are_exact(scope, drawn):
 
 @pytest.mark.parametrize("drawn", [1, 3])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize(
-    ("spatial", "layout"),
-    [((5,), torch.contiguous_format), ((3, 4), torch.channels_last), ((2, 3, 2), torch.channels_last_3d)],
-    ids=["1d", "channels_last", "channels_last_3d"],
-)
+@in_each_memory_format
 def test_keeps_dtype_device_and_memory_format(spatial, layout, dtype, drawn):
     x, labels, keep = make_problem(spatial=spatial, drawn=drawn)
     x = x.to(dtype).contiguous(memory_format=layout)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import FLOATS, SCOPES, SPATIAL, make_problem, problems
+from problems import FLOATS, SCOPES, SPATIAL, in_each_memory_format, make_problem, problems
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.autograd.graph import saved_tensors_hooks
@@ -136,11 +136,7 @@ def test_backward_keeps_only_table_labels_and_a_scalar(scope):
 
 @pytest.mark.parametrize("drawn", [1, 3])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize(
-    ("spatial", "layout"),
-    [((5,), torch.contiguous_format), ((3, 4), torch.channels_last), ((2, 3, 2), torch.channels_last_3d)],
-    ids=["1d", "channels_last", "channels_last_3d"],
-)
+@in_each_memory_format
 def test_keeps_dtype_and_memory_format_forward_and_backward(spatial, layout, dtype, drawn):
     x, labels, keep = make_problem(spatial=spatial, drawn=drawn)
     x = x.to(dtype).contiguous(memory_format=layout).requires_grad_()

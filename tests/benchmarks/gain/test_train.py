@@ -153,6 +153,8 @@ def test_old_averages_are_those_of_steps_that_drop(monkeypatch):
     monkeypatch.setattr(old_averages, "is_clean_step", lambda batch, left: False)
     plain = run(dropping)
     assert scores(plain) == scores(plain["old_averages"])
+    monkeypatch.setattr(old_averages, "is_clean_step", lambda batch, left: True)
+    assert scores(run(dropping)["old_averages"]) != scores(plain)
 
 
 @given(st.floats(0.1, 10), st.integers(0, 99))
