@@ -186,8 +186,8 @@ class ClusterLearner:
         self._running_profiles.load_state_dict(state["memory"])
 
     def _make_window(self) -> GatheringWindow:
-        settings = self.sketches, self.windows_opened - 1, self._layers.device, self._resized_to
-        return GatheringWindow(self.hooks, *settings)
+        number, device = self.windows_opened - 1, self._layers.device
+        return GatheringWindow(self.hooks, self.sketches, number, device, self._resized_to)
 
     def _close_window(self) -> None:
         if self.window is not None:
@@ -229,8 +229,16 @@ class ClusterLearner:
         old = {name: self.clusters[name] for name in sketches if name in self.clusters}
         tables = {name: c.table for name, c in old.items() if c.shape == sketches[name].shape}
         with self.waiting as on_progress:
-            settings = self.clusterer, self.grouping, self._running_profiles, on_progress
-            labels = recluster(partial(cluster_share, sketches, tables, *settings), self._layers.device)
+            share = partial(
+                cluster_share,
+                sketches,
+                tables,
+                self.clusterer,
+                self.grouping,
+                self._running_profiles,
+                on_progress,
+            )
+            labels = recluster(share, self._layers.device)
         self.phase = "idle"
         return {name: self._adopt(name, table, sketches[name].shape) for name, table in labels.items()}
 
