@@ -101,7 +101,7 @@ def test_every_regularizer_trains(name, plain):
 
 
 def test_the_methods_of_the_transformer_train():
-    stage = load_stage("vit-5000")
+    stage = load_stage("vit-2000")
     small = {"data": "fake", "train_samples": 40, "calibration_samples": 0, "num_samples": 16}
     base = replace(stage.base, **small, epochs=1, batch_size=8, start=0, schedule="constant", drop_prob=0.5)
     methods = [m.fixed for m in stage.methods if m.name in ("DropPath", "PatchDropout", "DropCluster, mean")]
