@@ -15,6 +15,8 @@ from lightning_dropcluster.methods.label_tables import (
     smallest_integer_type,
 )
 from lightning_dropcluster.methods.masking import draw_keep_table, expected_scale
+from lightning_dropcluster.methods.memory_order import ClusterIndex, is_channels_last
+from lightning_dropcluster.methods.packed_drop import drop_drawn, packing_pays
 
 RESCALES = ("batch", "expected")
 
@@ -160,6 +162,7 @@ class ClusterDrop(DropRegularizer):
         self.per_map, self.per_sample = per_map, per_sample
         self.fill, self.rescale, self.inplace = fill, rescale, inplace
         self.channel_dim = check_channel_dim(channel_dim)
+        self._index = ClusterIndex()
         self.register_buffer("labels", labels.to(smallest_integer_type(self.num_clusters), copy=True))
         # Integers, since .half() would round others.
         sizes = torch.zeros(self._num_groups, self.num_clusters, dtype=torch.int32)
@@ -242,6 +245,10 @@ class ClusterDrop(DropRegularizer):
             uniform = self.draw(shape, device=x.device)
             fixed = (self.labels, self.sizes, uniform, self.drop_prob)
             return drop_fused(x, *fixed, by_batch=by_batch, mean=mean)
+        if not mean and packing_pays(x, self.labels, shape[0]):
+            index = self._index.of(self.labels, shape[1:], is_channels_last(x))
+            fixed = (index, self.sizes, self.draw(shape), self.drop_prob)
+            return drop_drawn(x, *fixed, by_batch=by_batch, inplace=self.inplace)
         keep = draw_keep_table(shape, self.drop_prob, device=x.device, draw=self.draw)
         scale = None if by_batch else expected_scale(self.drop_prob)
         return cluster_drop(

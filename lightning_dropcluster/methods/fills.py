@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lightning_dropcluster.methods.cluster_means import fill_means, fill_means_whole
-from lightning_dropcluster.methods.packed_keep import is_channels_last, look_up, multiply_packed, packing_pays
+from lightning_dropcluster.methods.label_tables import look_up
+from lightning_dropcluster.methods.masking import is_transformed
+from lightning_dropcluster.methods.memory_order import is_channels_last, number_clusters
+from lightning_dropcluster.methods.packed_drop import drop_packed, pack, packing_pays
 
 FILLS = ("zero", "mean")
 
@@ -26,14 +28,13 @@ def fill_dropped(
         return _Fill.apply(x, labels, keep, scale, fill, False)  # pyright: ignore[reportReturnType]
     if is_transformed():
         return _TransformableFill.apply(x, labels, keep, scale, fill, inplace)  # pyright: ignore[reportReturnType]
+    if fill == "zero" and packing_pays(x, labels, len(keep)):
+        index = number_clusters(labels, keep.shape[1:], is_channels_last(x)).flatten()
+        dropped = keep.flatten(1).int() - 1
+        return drop_packed(x, index, pack(dropped, x.dtype), scale, inplace)
     if x.requires_grad and torch.is_grad_enabled():
         return _PlainFill.apply(x, labels, keep, scale, fill, inplace)  # pyright: ignore[reportReturnType]
     return _fill(x, labels, keep, scale, fill, inplace)
-
-
-def is_transformed() -> bool:
-    """Whether a transform of torch.func or forward mode is on, which ask more of a function."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class _PlainFill(torch.autograd.Function):
@@ -117,17 +118,9 @@ def _fill_compiled(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor, fill:
 
 def _multiply(out: Tensor, x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> None:
     """Multiply by the looked-up table, in the order in which the activation lies in memory."""
-    if not is_channels_last(x):
-        _multiply_into(out, x, labels.long(), keep, scale)
+    table, last = (keep * scale).to(x.dtype), is_channels_last(x)
+    if last:
+        index = number_clusters(labels, keep.shape[1:], last).long()
+        torch.mul(x.movedim(1, -1), look_up(table.flatten(1)[:, None], index), out=out.movedim(1, -1))
     else:
-        first = 0 if keep.shape[1] == 1 else torch.arange(keep.shape[1], device=x.device) * keep.shape[2]
-        index = labels.movedim(0, -1).long() + first
-        _multiply_into(out.movedim(1, -1), x.movedim(1, -1), index, keep.flatten(1)[:, None], scale)
-
-
-def _multiply_into(out: Tensor, x: Tensor, index: Tensor, keep: Tensor, scale: Tensor) -> None:
-    """Multiply x (N, R, ...) by keep (N or 1, R or 1, K) at index (R or 1, ...) and by the scale."""
-    if packing_pays(x, index, keep):
-        multiply_packed(out, x, index, keep, scale.to(x.dtype))
-    else:
-        torch.mul(x, look_up((keep * scale).to(x.dtype), index), out=out)
+        torch.mul(x, look_up(table, labels.long()), out=out)

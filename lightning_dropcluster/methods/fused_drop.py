@@ -6,7 +6,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from lightning_dropcluster.methods.fills import is_transformed
+from lightning_dropcluster.methods.masking import is_transformed
+from lightning_dropcluster.methods.memory_order import is_dense
 
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton read it when it was imported
 _HAS_TRITON = find_spec("triton") is not None
@@ -37,8 +38,3 @@ def drop_fused(
 
     words, dropped = pack(uniform, prob, sizes, len(x), by_batch)
     return apply(x, labels, words, dropped, prob, uniform.shape[2], uniform.shape[1] > 1, by_batch, mean)
-
-
-def is_dense(x: Tensor) -> bool:
-    """Whether the channels are first or last in memory, without gaps."""
-    return x.is_contiguous() or x.movedim(1, -1).is_contiguous()

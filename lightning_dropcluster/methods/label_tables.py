@@ -49,6 +49,12 @@ def resize_labels(labels: Tensor, spatial: tuple[int, ...]) -> Tensor:
     return labels
 
 
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """Spread a table (N, R or 1, K) by an index (R, ...) of integers in [0, K): (N, R, ...)."""
+    rows = index.reshape(len(index), -1).expand(len(table), -1, -1)
+    return table.expand(-1, len(index), -1).gather(2, rows).reshape(len(table), *index.shape)
+
+
 def smallest_integer_type(num_labels: int) -> torch.dtype:
     """Return the smallest integer type that holds labels in [0, num_labels).
 

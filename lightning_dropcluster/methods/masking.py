@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LAST = 1.0 - 2.0**-24  # the largest number that torch.rand draws in float32
 
@@ -94,6 +95,11 @@ def drop(x: Tensor, dropped: Tensor, scale: Tensor | float) -> Tensor:
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=torch.float32, device=x.device)
     return _drop(x, dropped, scale)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward mode is on, which ask more of a function."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def expected_scale(drop_prob: Tensor | float) -> Tensor | float:

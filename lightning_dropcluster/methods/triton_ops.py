@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from lightning_dropcluster.methods import triton_kernels as kernels
-from lightning_dropcluster.methods.fused_drop import is_dense
+from lightning_dropcluster.methods.memory_order import is_dense
 
 _BLOCK = 512
 _SAMPLES = 32  # in a word
