@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else idle threads of torch and FAISS spin
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors threads wait for each other, most of the time
 
 import pytest
 import torch

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from benchmarks.gain.connectivity import Options, barrier, main, mix
@@ -22,8 +23,11 @@ def test_ends_of_the_line_are_the_networks_and_its_middle_their_mean():
     assert mix(first, second, 0.5)["num_batches_tracked"].dtype == torch.int64
 
 
-def test_a_record_for_each_case(capsys):
-    main(Options(points=3))
+def test_a_record_for_each_case(tmp_path, capsys):
+    stage = tmp_path / "smaller.yaml"
+    few = {"model": "test_resnet.r160_in1k", "epochs": 2, "train_samples": 100, "num_samples": 50}
+    stage.write_text(yaml.safe_dump({"extends": "quick", "base": few, "validation_samples": 40}))
+    main(Options(stage=str(stage), points=3))
     plain, dropped = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert [record["arguments"]["regularizer"] for record in (plain, dropped)] == ["none", "dropcluster"]
     assert len(plain["nll"]) == len(plain["accuracy"]) == 3
