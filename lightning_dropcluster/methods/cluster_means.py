@@ -40,6 +40,19 @@ def fill_means(out: Tensor, x: Tensor, labels: Tensor, keep: Tensor, scale: Tens
             out[j : j + samples, part] = _fill(x[j : j + samples, part], flat, weight, size, last)
 
 
+@torch.library.custom_op("lightning_dropcluster::fill_means", mutates_args=())
+def fill_means_opaquely(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
+    """Return what `fill_means` writes, as one operation, since compilers would keep its indices."""
+    out = torch.empty_like(x)
+    fill_means(out, x, labels, keep, scale)
+    return out
+
+
+@fill_means_opaquely.register_fake
+def _(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _fill_whole_maps(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
     """The same where each map is one cluster: additions to a single sum would wait for each other."""
     weights = look_up(_weights(x, keep, scale), labels.long().view(-1, 1).expand(x.shape[1], 1))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dropcluster.methods.cluster_means import fill_means, fill_means_whole
+from lightning_dropcluster.methods.cluster_means import fill_means, fill_means_opaquely, fill_means_whole
 from lightning_dropcluster.methods.label_tables import look_up
 from lightning_dropcluster.methods.masking import is_transformed
 from lightning_dropcluster.methods.memory_order import is_channels_last, number_clusters
@@ -109,7 +109,7 @@ def _fill_whole(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor, fill: st
 def _fill_compiled(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor, fill: str) -> Tensor:
     """The same by indexing, which Inductor repeats in backward; what `gather` returns it would keep."""
     if fill == "mean":
-        return fill_means_whole(x, labels, keep, scale)
+        return fill_means_opaquely(x, labels, keep, scale)
     groups = keep.shape[1]
     numbers = labels.long().movedim(0, -1) * groups + torch.arange(groups, device=x.device)
     table = (keep * scale).to(x.dtype).mT.flatten(1)
