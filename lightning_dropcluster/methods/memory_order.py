@@ -47,7 +47,8 @@ class ClusterIndex:
             return number_clusters(labels, table, last).flatten()
         of, version, index = self._made.get(last, (None, -1, labels))
         if of is not labels or version != labels._version:
-            index = number_clusters(labels, table, last).flatten()
+            with torch.inference_mode(False):  # what is made there cannot be kept for a backward pass
+                index = number_clusters(labels, table, last).flatten()
             self._made[last] = labels, labels._version, index
         return index
 

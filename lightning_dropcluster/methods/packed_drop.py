@@ -20,7 +20,8 @@ def packing_pays(x: Tensor, labels: Tensor, draws: int) -> bool:
     """Whether `drop_packed` takes an activation and is faster than a mask that is looked up whole."""
     if x.device.type != "cpu" or draws == 1 or x.numel() < _LARGE or labels.shape != x.shape[1:]:
         return False
-    return is_dense(x) and not torch.compiler.is_compiling() and not is_transformed()
+    # Others, as fake and distributed tensors, need not have values in memory.
+    return type(x) is Tensor and is_dense(x) and not torch.compiler.is_compiling() and not is_transformed()
 
 
 def drop_drawn(

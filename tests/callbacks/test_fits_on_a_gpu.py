@@ -109,3 +109,21 @@ def test_one_rank_with_nccl_is_a_fit_without():
     assert set(backends) == {"nccl"}
     assert torch.equal(labels_of(callback), labels_of(alone))
     assert module.losses == pytest.approx(twin.losses, rel=1e-3)
+
+
+def test_training_goes_on_where_the_device_has_no_memory_for_reclustering(monkeypatch):
+    seen = []
+
+    def ask_for_too_much(*_):
+        torch.empty(2**48, dtype=torch.uint8, device=DEVICE)
+
+    def act(trainer, _):
+        (callback,) = (each for each in trainer.callbacks if isinstance(each, DropCluster))
+        seen.append(callback.labels)
+        if trainer.global_step == 8:
+            monkeypatch.setattr("lightning_dropcluster.learning.reclustering._cluster", ask_for_too_much)
+
+    with pytest.warns(UserWarning, match="out of memory in reclustering; the old labels stay"):
+        callback, module = fit(act=act)
+    assert len(module.losses) == 16
+    assert torch.equal(seen[7]["model.layer1.0.conv1"].cpu(), callback.labels["model.layer1.0.conv1"].cpu())

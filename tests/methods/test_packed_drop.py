@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from lightning_dropcluster.functional import cluster_drop, draw_keep_table, draw_uniform
 from lightning_dropcluster.methods import ClusterDrop, packed_drop
@@ -156,6 +157,24 @@ def test_an_index_follows_labels_whose_changes_torch_does_not_count():
         assert index.of(labels, (1, 2), False).tolist() == [0, 1]
         labels[0, 0] = 1
         assert index.of(labels, (1, 2), False).tolist() == [1, 1]
+
+
+def test_an_index_made_in_inference_mode_serves_training():
+    x, labels, _ = make_problem(8, (16, 32, 32), 9, 16)
+    drop = ClusterDrop(labels, 0.4, num_clusters=9)
+    with torch.inference_mode():
+        drop(x)
+    drop(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+
+
+def test_fake_tensors_are_dropped_without_values():
+    _, labels, _ = make_problem(8, (16, 32, 32), 9, 16)
+    drop = ClusterDrop(labels, 0.4, num_clusters=9)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(8, 16, 32, 32, requires_grad=True)
+        made = drop(x)
+        assert torch.autograd.grad(made.sum(), x)[0].shape == x.shape
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda drop: pickle.loads(pickle.dumps(drop))])
