@@ -71,7 +71,7 @@ def _unfuse_attention(model: nn.Module) -> None:
     """On a CPU and in bfloat16 PyTorch's fused attention makes a whole step 2.6 times slower."""
     for module in model.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = False
+            module.fused_attn = False  # pyright: ignore[reportArgumentType]
 
 
 def _trained(name: str, weights: str) -> dict[str, Any]:
