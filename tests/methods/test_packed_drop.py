@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import FLOATS
 from torch._subclasses import FakeTensorMode
 
 from lightning_dropcluster.functional import cluster_drop, draw_keep_table, draw_uniform
@@ -19,7 +20,6 @@ from lightning_dropcluster.methods.packed_drop import (
     packing_pays,
 )
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 SCALE = 1.25
 
@@ -183,6 +183,7 @@ def test_copies_of_a_module_follow_their_own_labels(duplicate):
     drop = ClusterDrop(labels, 0.4, num_clusters=9)
     drop(x)
     other = duplicate(drop)
+    other(x)
     other.load_state_dict(ClusterDrop(labels.flip(1), 0.4, num_clusters=9).state_dict())
     torch.manual_seed(0)
     made = other(x)
