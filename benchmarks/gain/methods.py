@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -51,6 +52,13 @@ def build_callback(settings: Settings, model: nn.Module, **changes: Any) -> pl.C
         0.0 if is_auto else settings.drop_prob, **paired, **blocks
     )
     return StructuredDropout(layers, regularizer, "auto" if is_auto else None, **common)
+
+
+def build_second(settings: Settings, model: nn.Module) -> pl.Callback | None:
+    """Make the callback that works beside the first on the same layers; None where there is none."""
+    if settings.beside is None:
+        return None
+    return build_callback(replace(settings, **settings.beside, beside=None), model)
 
 
 def _named(settings: Settings, names: tuple[str, ...]) -> dict[str, Any]:

@@ -73,6 +73,8 @@ class Settings:
         every_n_epochs: epochs between two clusterings; 0 to keep the first.
         num_samples: training images seen by each clustering.
         per_sample: draw what "dropcluster" drops for each image, or once for the whole batch.
+        beside: settings in which a second callback differs, such as its regularizer and its layers, which
+            must be others than those of the first; none by default.
         epochs: passes over the training images, at least 1.
         batch_size: images per step, at least 1.
         lr: peak of the one-cycle learning rate, above 0.
@@ -116,6 +118,7 @@ class Settings:
     every_n_epochs: int = 5
     num_samples: int = 1024
     per_sample: bool = True
+    beside: dict[str, Any] | None = None
     epochs: int = 10
     batch_size: int = 128
     lr: float = 0.1

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.common.data import ImageDataModule, ValidatedDataModule, load
 from benchmarks.common.models import OWN_RATES, build_model, trained_moments
 from benchmarks.common.record import provenance, quiet, write_line
-from benchmarks.gain.methods import build_callback
+from benchmarks.gain.methods import build_callback, build_second
 from benchmarks.gain.old_averages import OldAverages
 from benchmarks.gain.scoring import score
 from benchmarks.gain.settings import Settings, arguments
@@ -97,8 +97,9 @@ def run(settings: Settings) -> dict[str, Any]:
         batches = build_batches(settings)
         classifier = build_classifier(settings, len(batches.data.classes))
         callback = build_callback(settings, classifier.model)
+        second = build_second(settings, classifier.model)
         averages = OldAverages() if settings.old_averages and callback is not None else None
-        trainer = build_trainer(settings, callback, averages)
+        trainer = build_trainer(settings, callback, second, averages)
         seconds = timed_fit(trainer, classifier, batches)
         scores = score(trainer, classifier, batches, settings.corrupted_samples)
         if averages is not None:

@@ -124,6 +124,16 @@ def test_every_kind_of_clusters_and_pairs_train_otherwise():
     assert tuple(scores(run(replace(DROP, drop_prob=0.5, any_layer=True)))) == found[0]
 
 
+def test_a_second_callback_drops_beside_the_first():
+    both = replace(
+        DROP,
+        layers="conv1",
+        any_layer=True,
+        beside={"regularizer": "dropout", "drop_prob": 0.5, "layers": "layer1"},
+    )
+    assert scores(run(replace(both, beside={**both.beside, "drop_prob": 0.0}))) != scores(run(both))
+
+
 def test_validation_leaves_the_test_images_alone(plain):
     settings = replace(TINY, train_samples=40, validation_samples=30)
     data = build_batches(settings).data
