@@ -8,7 +8,9 @@ from benchmarks.cost import latency
 
 
 @pytest.mark.filterwarnings("ignore:DropCluster")  # tiny maps have few distinct profiles
-def test_it_writes_a_line_for_each_case(capsys):
+def test_it_writes_a_line_for_each_case(capsys, monkeypatch):
+    monkeypatch.setattr(latency, "MODELS", (("test_resnet", "layer*.*.conv2"),))
+    monkeypatch.setattr(latency, "SHAPES", ((2, 8, 8, 8),))
     latency.main(latency.Settings(quick=True, repeats=2, batch_size=2, size=32))
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     steps = {record["case"] for record in records if record["benchmark"] == "step"}
