@@ -35,6 +35,7 @@ class Settings:
         model: of timm.
         layers: what to drop in.
         fill: what stands in for what is dropped.
+        scope: what is clustered, see `DropCluster`.
         pairs: of steps that are compared, one that drops and one that does not.
         batch_size: images per step.
         size: of the images in pixels; by default 224 on a GPU and 96 elsewhere.
@@ -47,6 +48,7 @@ class Settings:
     model: str = "resnet50"
     layers: str = "layer*.*.conv2"
     fill: str = "zero"
+    scope: str = "map"
     pairs: int = 30
     batch_size: int = 16
     size: int | None = None
@@ -133,6 +135,7 @@ def train(settings: Settings, device: torch.device) -> list[tuple[Took, Took]]:
     callback = DropCluster(
         settings.layers,
         fill=settings.fill,
+        scope=settings.scope,
         start=0,
         schedule=turns.schedule,
         num_samples=2 * settings.batch_size,
