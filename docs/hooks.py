@@ -8,6 +8,7 @@ from pathlib import Path
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "benchmarks/evidence.md")
@@ -32,8 +33,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: object) -> str:
-    """Shorten links into docs/, which is the root of the site, and list public names as they are today."""
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
+    """Shorten links into docs/ and out of it, which is the site's root, and list today's public names."""
+    if "/" not in page.file.src_uri:
+        markdown = markdown.replace("](../", "](")
     return ALL_OF.sub(_name_each, markdown.replace("](docs/", "]("))
 
 
