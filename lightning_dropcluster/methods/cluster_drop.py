@@ -241,7 +241,7 @@ class ClusterDrop(DropRegularizer):
             )
         shape = (len(x) if self.per_sample else 1, self._num_groups, self.num_clusters)
         by_batch, mean = self.fill == "zero" and self.rescale == "batch", self.fill == "mean"
-        if takes(x, self.labels, self.num_clusters, self.per_map, mean):
+        if takes(x, self.labels, self.num_clusters, mean):
             uniform = self.draw(shape, device=x.device)
             fixed = (self.labels, self.sizes, uniform, self.drop_prob)
             return drop_fused(x, *fixed, by_batch=by_batch, mean=mean)

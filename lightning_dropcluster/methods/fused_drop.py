@@ -13,7 +13,7 @@ _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton read it
 _HAS_TRITON = find_spec("triton") is not None
 
 
-def takes(x: Tensor, labels: Tensor, clusters: int, per_map: bool, mean: bool) -> bool:
+def takes(x: Tensor, labels: Tensor, clusters: int, mean: bool) -> bool:
     """Whether `drop_fused` can treat an activation."""
     if not (x.is_cuda or _IS_INTERPRETED) or not _HAS_TRITON or not x.numel():
         return False
@@ -21,8 +21,8 @@ def takes(x: Tensor, labels: Tensor, clusters: int, per_map: bool, mean: bool) -
         return False
     positions = x.shape[2:].numel()
     fits = labels.shape[1:] in (x.shape[2:], (1,) * (x.ndim - 2)) and x[0].numel() < 2**31
-    # A table of means is to be small beside the activation.
-    return fits and is_dense(x) and (not mean or (per_map and 4 * clusters <= positions))
+    # A table of means, of all clusters in each map, is to be small beside the activation.
+    return fits and is_dense(x) and (not mean or 4 * clusters <= positions)
 
 
 def drop_fused(

@@ -14,7 +14,7 @@ DROP_PROB = torch.tensor(0.3)
 
 def assert_equals_cluster_drop(x, labels, uniform, *, by_batch=True, mean=False):
     groups, clusters = uniform.shape[1:]
-    assert takes(x, labels, clusters, groups > 1, mean)
+    assert takes(x, labels, clusters, mean)
     sizes = cluster_sizes(labels, groups, clusters)
     options = {"fill": "mean" if mean else "zero", "scale": None if by_batch else 1 / (1 - DROP_PROB)}
     grad, results = torch.randn_like(x), []
@@ -50,6 +50,12 @@ def test_equals_cluster_drop(dtype, layout, mean):
 def test_takes_every_scope_and_one_draw_for_all_samples(scope, drawn):
     x, labels, keep = make_problem(scope, spatial=(2, 3, 2))
     assert_equals_cluster_drop(x, labels.short(), torch.rand(drawn, *keep.shape[1:]))
+
+
+@pytest.mark.parametrize("scope", SCOPES[1:])
+def test_fills_with_means_in_every_scope(scope):
+    x, labels, _ = make_problem(scope, spatial=(4, 6), clusters=4)
+    assert_equals_cluster_drop(x, labels.byte(), torch.rand(3, 1, 4), by_batch=False, mean=True)
 
 
 @pytest.mark.parametrize("fill", ["zero", "mean"])
