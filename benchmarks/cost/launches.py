@@ -21,7 +21,13 @@ from lightning_dropcluster.methods import triton_ops
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 WITHOUT_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "device")
-CASES: tuple[dict[str, Any], ...] = ({}, {"fill": "mean"}, {"rescale": "expected"}, {"per_sample": False})
+CASES: tuple[dict[str, Any], ...] = (
+    {},
+    {"fill": "mean"},
+    {"fill": "mean", "per_map": False},
+    {"rescale": "expected"},
+    {"per_sample": False},
+)
 
 
 class Launches(TorchDispatchMode):
