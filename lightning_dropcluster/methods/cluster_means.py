@@ -10,6 +10,7 @@ from lightning_dropcluster.methods.memory_order import is_channels_last
 # the cache; elsewhere few operations count, and memory on the way is bounded.
 _SLICES = {"cpu": (2**17, 2**15)}
 _LARGE_SLICES = (2**25, 2**25)
+_ROWS = {"cpu": 2**18}  # features worked on at once where each position is a row
 _LANES = 64  # maps at least where their features are interleaved, to read in long runs
 
 
@@ -29,6 +30,9 @@ def fill_means(out: Tensor, x: Tensor, labels: Tensor, keep: Tensor, scale: Tens
         out.copy_(_fill_whole_maps(x, labels, keep, scale))
         return
     last = is_channels_last(x)
+    if last and len(labels) == 1:
+        _fill_rows(out, x, labels, keep, scale)
+        return
     index, keep, sizes = _clusters_of_maps(x, labels, keep)
     weights = _weights(x, keep, scale)
     maps, samples = _slice_shape(index, last, x.device.type)
@@ -62,6 +66,22 @@ def _fill_whole_maps(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> 
         means.to(weights.dtype), weights.view(*weights.shape[:2], *labels.shape[1:])
     )
     return filled.to(x.dtype)
+
+
+def _fill_rows(out: Tensor, x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> None:
+    """The same where maps share one partition and are interleaved: a position is a row, read in one go."""
+    index, exact, weights = labels.flatten().long(), _type_of_sums(x), _weights(x, keep, scale).mT
+    sizes = torch.zeros(keep.shape[2], 1, dtype=exact, device=x.device)
+    sizes = sizes.index_add(0, index, sizes.new_ones(len(index), 1)).clamp(min=1.0)
+    samples = max(1, _ROWS.get(x.device.type, _LARGE_SLICES[0]) // max(1, x[:1].numel()))
+    for start in range(0, len(x), samples):
+        part = slice(start, start + samples)
+        rows = x[part].movedim(1, -1).flatten(1, -2)
+        sums = sizes.new_zeros(len(rows), len(sizes), x.shape[1]).index_add_(1, index, rows.to(exact))
+        means = (sums / sizes).to(weights.dtype).index_select(1, index)
+        weight = (weights[part] if len(weights) > 1 else weights).index_select(1, index)
+        filled = rows.to(weights.dtype).lerp(means, weight)
+        out[part] = filled.unflatten(1, x.shape[2:]).movedim(-1, 1)
 
 
 def _fill(x: Tensor, index: Tensor, weights: Tensor, sizes: Tensor, last: bool) -> Tensor:

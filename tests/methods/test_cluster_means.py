@@ -136,9 +136,10 @@ def test_backward_keeps_only_table_labels_and_a_scalar(scope):
 
 @pytest.mark.parametrize("drawn", [1, 3])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("scope", ["map", "position"])
 @in_each_memory_format
-def test_keeps_dtype_and_memory_format_forward_and_backward(spatial, layout, dtype, drawn):
-    x, labels, keep = make_problem(spatial=spatial, drawn=drawn)
+def test_keeps_dtype_and_memory_format_forward_and_backward(spatial, layout, scope, dtype, drawn):
+    x, labels, keep = make_problem(scope, spatial=spatial, drawn=drawn)
     x = x.to(dtype).contiguous(memory_format=layout).requires_grad_()
     out = fill(x, labels, keep)
     (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
@@ -156,6 +157,7 @@ def test_slices_change_nothing(scope, layout, drawn, monkeypatch):
     whole = fill(x, labels, keep)
     monkeypatch.setattr(cluster_means, "_SLICES", {"cpu": (48, 24)})
     monkeypatch.setattr(cluster_means, "_LANES", 2)
+    monkeypatch.setattr(cluster_means, "_ROWS", {"cpu": 120})
     assert torch.equal(fill(x, labels, keep), whole)
     assert torch.equal(fill(x.clone(), labels, keep, inplace=True), whole)
 
