@@ -149,8 +149,8 @@ def test_bad_stages(change, message):
 def test_every_stage_has_its_first_final_runs_in_pairs(name):
     stage = load_stage(name)
     records = [fake_record(run) for run in tuning_runs(stage)]
-    first, second = [run.settings.seed for run in final_runs(stage, records)][:2]
-    assert first == second
+    first = final_runs(stage, records)[:2]  # none where a stage only tunes
+    assert len({run.settings.seed for run in first}) == bool(first)
 
 
 @pytest.fixture(scope="module")
