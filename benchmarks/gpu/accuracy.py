@@ -66,6 +66,9 @@ def methods(settings: Settings) -> dict[str, Callable[[], pl.Callback | None]]:
         "DropBlock": lambda: others(DropBlock(p, block_size=settings.block_size)),
         "DropCluster zero": lambda: DropCluster(layers, p, log_pictures=False),
         "DropCluster mean": lambda: DropCluster(layers, p, fill="mean", log_pictures=False),
+        "DropCluster position": lambda: DropCluster(
+            layers, p, fill="mean", scope="position", log_pictures=False
+        ),
     }
 
 
