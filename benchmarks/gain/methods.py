@@ -55,7 +55,7 @@ def build_callback(settings: Settings, model: nn.Module, **changes: Any) -> pl.C
 
 
 def build_second(settings: Settings, model: nn.Module) -> pl.Callback | None:
-    """Make the callback that works beside the first on the same layers; None where there is none."""
+    """Make the callback that works beside the first; None where there is none."""
     if settings.beside is None:
         return None
     return build_callback(replace(settings, **settings.beside, beside=None), model)
