@@ -11,7 +11,7 @@ from lightning_dropcluster.methods.cluster_means import fill_means, fill_means_o
 from lightning_dropcluster.methods.label_tables import look_up
 from lightning_dropcluster.methods.masking import is_transformed
 from lightning_dropcluster.methods.memory_order import is_channels_last, number_clusters
-from lightning_dropcluster.methods.packed_drop import drop_packed, pack, packing_pays
+from lightning_dropcluster.methods.packed_drop import drop_packed, pack, packing_pays, to_marks
 
 FILLS = ("zero", "mean")
 
@@ -30,8 +30,7 @@ def fill_dropped(
         return _TransformableFill.apply(x, labels, keep, scale, fill, inplace)  # pyright: ignore[reportReturnType]
     if fill == "zero" and packing_pays(x, labels, len(keep)):
         index = number_clusters(labels, keep.shape[1:], is_channels_last(x)).flatten()
-        dropped = keep.flatten(1).int() - 1
-        return drop_packed(x, index, pack(dropped, x.dtype), scale, inplace)
+        return drop_packed(x, index, pack(to_marks(~keep, x.dtype)), scale, inplace)
     if x.requires_grad and torch.is_grad_enabled():
         return _PlainFill.apply(x, labels, keep, scale, fill, inplace)  # pyright: ignore[reportReturnType]
     return _fill(x, labels, keep, scale, fill, inplace)

@@ -15,9 +15,9 @@ from lightning_dropcluster.methods.memory_order import ClusterIndex, is_channels
 from lightning_dropcluster.methods.packed_drop import (
     drop_packed,
     kept_ratio_of_marks,
-    mark_dropped,
     pack,
     packing_pays,
+    to_marks,
 )
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -33,7 +33,7 @@ def make_problem(samples, shape, clusters, groups, dtype=torch.float32, layout=t
 
 def drop_in_words(x, labels, keep, inplace=False):
     index = number_clusters(labels, keep.shape[1:], is_channels_last(x)).flatten()
-    return drop_packed(x, index, pack(keep.flatten(1).int() - 1, x.dtype), SCALE, inplace)
+    return drop_packed(x, index, pack(to_marks(~keep, x.dtype)), SCALE, inplace)
 
 
 def one_by_one(x, labels, keep):
@@ -93,8 +93,8 @@ def test_marks_and_counts_what_a_keep_table_drops(samples, groups, clusters, dro
     torch.manual_seed(0)
     keep = draw_keep_table((samples, groups, clusters), prob)
     torch.manual_seed(0)
-    marks = mark_dropped(draw_uniform((samples, groups, clusters)), prob)
-    assert torch.equal(marks, keep.flatten(1).int() - 1)
+    marks = to_marks(draw_uniform((samples, groups, clusters)) < prob, torch.float32)
+    assert torch.equal(marks, (~keep).int())
     expected = kept_ratio_of_clusters(keep, sizes, total)
     torch.testing.assert_close(torch.tensor(kept_ratio_of_marks(marks, sizes, total)), expected)
 
