@@ -34,7 +34,7 @@ def drop_drawn(
     by_batch: bool,
     inplace: bool,
 ) -> Tensor:
-    """Do what `cluster_drop` does where ``uniform`` (N, G, K), which it overwrites, is at least ``prob``.
+    """Do what `cluster_drop` does where ``uniform`` (N, G, K) is at least ``prob``.
 
     ``by_batch`` scales by the ratio of features to those kept, otherwise by 1 / (1 - prob). ``index`` is from
     `ClusterIndex`, ``sizes`` (G, K) are integers.
@@ -91,10 +91,8 @@ class _PackedDrop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,), fixed = grads, ctx.saved_tensors
-        out, others = (
-            torch.empty_strided(grad.shape, ctx.strides, dtype=grad.dtype),
-            (None,) * (1 + len(fixed)),
-        )
+        others = [None] * (1 + len(fixed))
+        out = torch.empty_strided(grad.shape, ctx.strides, dtype=grad.dtype)
         if torch.is_grad_enabled() or is_transformed():
             return grad * _multiply(out, out.fill_(1.0), *fixed), *others
         source = grad if grad.stride() == ctx.strides else out.copy_(grad)
@@ -107,7 +105,7 @@ def _multiply(out: Tensor, x: Tensor, scale: Tensor, index: Tensor, *words: Tens
     A mask that is looked up whole takes a read through the index for each feature of each sample. Here such a
     read fetches a word of which each bit is for one sample. A shift, many features to an instruction, makes
     that bit the sign, and torch has a kernel that passes integers on where others are not negative. In a
-    training step caches are cold, and one operation more, even a view, takes 20 to 50 microseconds.
+    training step caches are cold, so each operation costs, even a view: whole batches are not sliced.
     """
     word, shape, strides = words[0].dtype, x.shape[1:], x.stride()[1:]
     bits, samples = torch.iinfo(word).bits, max(1, _SLICE // len(index))
