@@ -12,13 +12,14 @@ from benchmarks.common.models import OWN_RATES, tell_channels
 from benchmarks.gain.controls import Blocks, Shuffled
 from benchmarks.gain.settings import Settings
 from lightning_dropcluster import REGULARIZERS, DropCluster, StructuredDropout
+from lightning_dropcluster.callbacks.ramps import RAMPS, Ramp
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans
 
 UNHOOKED = ("none", *OWN_RATES)
 WITH_BLOCKS = ("drop_block", "prob_drop_block", "corr_drop")
 
 # Settings that callbacks take under the same name; a new option of theirs belongs here and in `Settings`.
-OF_BOTH = ("start", "schedule", "clean_statistics", "channel_dim")
+OF_BOTH = ("start", "clean_statistics", "channel_dim")
 OF_DROP_CLUSTER = ("fill", "cluster_size", "scope", "every_n_epochs", "num_samples", "per_sample", "seed")
 
 
@@ -39,7 +40,7 @@ def build_callback(settings: Settings, model: nn.Module, **changes: Any) -> pl.C
     layers = f"model.{first}" if settings.layers is None else settings.layers
     common = {**_named(settings, OF_BOTH), "layer_types": nn.Module if settings.any_layer else None}
     is_auto = settings.drop_prob == "auto"
-    common["schedule"] = None if is_auto else settings.schedule
+    common["schedule"] = None if is_auto else ramp(settings)
     paired = {"paired": settings.pair_weight > 0}
     if settings.regularizer == "dropcluster":
         own = {**_named(settings, OF_DROP_CLUSTER), **paired, "clusterer": _clusterer(settings)}
@@ -59,6 +60,14 @@ def build_second(settings: Settings, model: nn.Module) -> pl.Callback | None:
     if settings.beside is None:
         return None
     return build_callback(replace(settings, **settings.beside, beside=None), model)
+
+
+def ramp(settings: Settings) -> str | Ramp:
+    """Make the schedule that the settings describe, which may fall to 0 before training ends."""
+    if settings.end == 1:
+        return settings.schedule
+    whole, end = RAMPS[settings.schedule], (settings.end - settings.start) / (1 - settings.start)
+    return lambda passed: whole(passed / end) if passed < end else 0.0
 
 
 def _named(settings: Settings, names: tuple[str, ...]) -> dict[str, Any]:

@@ -58,6 +58,8 @@ class Settings:
             the images to calibrate on and needs no `schedule`.
         start: fraction of training (0.25) or epoch (40) from which something is dropped.
         schedule: how the drop probability grows from there to the end.
+        end: fraction of training from which nothing is dropped any more, above a `start` that is a fraction;
+            the schedule reaches its full value there. Needs a drop_prob that is a number.
         clean_statistics: let BatchNorm's running averages follow steps that drop nothing; off by default, as
             in all runs from before there was a choice.
         old_averages: where something is dropped, score once more with BatchNorm's running averages as the
@@ -107,6 +109,7 @@ class Settings:
     drop_prob: float | Literal["auto"] = 0.15
     start: int | float = 0.25
     schedule: Literal["linear", "constant", "cosine"] = "linear"
+    end: float = 1.0
     clean_statistics: bool = False
     old_averages: bool = False
     block_size: int = 7
@@ -140,6 +143,10 @@ class Settings:
             _check(self, name, value is None or 0 < value < math.inf, "above 0")
         for name in ("pair_weight", "corrupted_samples", "calibration_samples"):
             _check(self, name, 0 <= getattr(self, name) < math.inf, "at least 0")
+        starts_before = isinstance(self.start, float) and self.start < self.end
+        _check(self, "end", self.end == 1 or (starts_before and self.end < 1), "1, or in (start, 1)")
+        if self.end < 1 and self.drop_prob == "auto":
+            raise ValueError(f"end must be 1 with drop_prob 'auto', got {self.end}")
         if self.drop_prob == "auto" and not self.calibration_samples:
             raise ValueError("drop_prob 'auto' needs calibration_samples above 0, got 0")
         if self.plot is not None and self.regularizer != "dropcluster":

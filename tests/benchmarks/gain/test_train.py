@@ -19,6 +19,7 @@ from benchmarks.demo import Demo
 from benchmarks.demo import main as demo_main
 from benchmarks.gain import old_averages
 from benchmarks.gain.corruptions import CORRUPTIONS
+from benchmarks.gain.methods import ramp
 from benchmarks.gain.protocol import load_stage
 from benchmarks.gain.scoring import fit_temperature
 from benchmarks.gain.settings import ClustersName, RegularizerName
@@ -132,6 +133,14 @@ def test_a_second_callback_drops_beside_the_first():
         beside={"regularizer": "dropout", "drop_prob": 0.5, "layers": "layer1"},
     )
     assert scores(run(replace(both, beside={**both.beside, "drop_prob": 0.0}))) != scores(run(both))
+
+
+def test_dropping_ends_where_it_is_told():
+    settings = replace(TINY, regularizer="dropout", start=0.2, end=0.6)
+    schedule = ramp(settings)
+    assert [schedule(step / 4) for step in range(5)] == pytest.approx([0, 0.5, 0, 0, 0])
+    assert ramp(replace(settings, end=1.0)) == "linear"
+    assert {"accuracy", "arguments"} <= run(settings).keys()
 
 
 def test_validation_leaves_the_test_images_alone(plain):
@@ -258,6 +267,13 @@ def test_unfit_models():
         ({"corrupted_samples": -1}, r"corrupted_samples must be at least 0, got -1"),
         ({"calibration_samples": -1}, r"calibration_samples must be at least 0, got -1"),
         ({"pair_weight": -1.0}, r"pair_weight must be at least 0, got -1\.0"),
+        ({"end": 1.5}, r"end must be 1, or in \(start, 1\), got 1\.5"),
+        ({"end": 0.2}, r"end must be 1, or in \(start, 1\), got 0\.2"),
+        ({"end": 0.9, "start": 0}, r"end must be 1, or in \(start, 1\), got 0\.9"),
+        (
+            {"end": 0.9, "drop_prob": "auto", "calibration_samples": 8},
+            r"end must be 1 with drop_prob 'auto'",
+        ),
         ({"plot": "clusters.png"}, r"plot must be None unless regularizer is 'dropcluster'"),
     ],
 )
