@@ -1,18 +1,16 @@
 import json
-import subprocess
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from jsonargparse import auto_cli
 from scipy import stats
 
-from benchmarks.gain import compare, train
-from benchmarks.gain.compare import Options, changes, main, read_records, remaining
+from benchmarks.gain import compare
+from benchmarks.gain.compare import Options, main, read_records, remaining
 from benchmarks.gain.protocol import STAGES, Method, Stage, choose, final_runs, load_stage, tuning_runs
 from benchmarks.gain.report import Options as ReportOptions
 from benchmarks.gain.report import collect, compared, differences, draw, spell, tables, with_seeds_below
@@ -180,32 +178,19 @@ def test_unknown_stages():
         load_stage("stem-9")
 
 
-def test_changed_settings_are_read_back():
-    settings = replace(BASE, layers=["conv1", "layer1.0.conv1"], any_layer=True, data="digits", start=0.5)
-    args = ["--config", json.dumps(changes(settings))]
-    assert auto_cli(Settings, as_positional=False, args=args) == settings
-
-
 @pytest.fixture
 def small(tmp_path):
     """A stage in a file of its own, with a single setting to choose from."""
     dropped = {"regularizer": "dropout", "grid": [{"drop_prob": 0.1}]}
-    stage = {"base": changes(BASE), "methods": {"dropped": dropped}, "tuning_seeds": [9]}
+    stage = {"base": asdict(BASE), "methods": {"dropped": dropped}, "tuning_seeds": [9]}
     stage |= {"validation_samples": 20, "rounds": [{"seeds": [0, 1], "methods": ["dropped"]}]}
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(stage))
     return str(path)
 
 
-def run_here(command, **options):
-    """Do in this process what a command would do in one of its own, which would load torch again."""
-    arguments = command[command.index("benchmarks.gain.train") + 1 :]
-    record = train.run(auto_cli(Settings, args=arguments, as_positional=False))
-    return subprocess.CompletedProcess(command, 0, json.dumps(record), "")
-
-
 def test_a_finished_run_is_not_run_again(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run_here))
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers))
     options = Options(stage=small, out=str(tmp_path / "new" / "runs.jsonl"))
     assert main(replace(options, dry_run=True)) == 1
     assert main(options) == 0
@@ -226,10 +211,14 @@ def test_a_finished_run_is_not_run_again(small, tmp_path, monkeypatch, capsys):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_failed_run_is_missing_and_tells_why(small, tmp_path, monkeypatch, capsys):
-    options = Options(stage=small, out=str(tmp_path / "r.jsonl"), launcher="sh -c 'echo broken >&2; exit 3'")
+def test_a_failed_run_is_missing_and_tells_why(small, tmp_path, capsys):
+    options = Options(stage=small, out=str(tmp_path / "r.jsonl"), data_dir=str(tmp_path / "nowhere"))
+    path = Path(small)
+    path.write_text(path.read_text().replace("data: fake", "data: folder"))
     assert main(options) == 1
-    assert "broken" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "FileNotFoundError" in said
+    assert "dropped failed: " in said
     assert read_records(options.out) == []
 
 
