@@ -214,6 +214,7 @@ class LayerCallback(CallbackBase):
         """Take over a state; where the layers are not hooked yet, as soon as they are."""
         self._read_state(state_dict)
         check_clean_steps(state_dict)
+        self._clean_steps.load_state_dict(state_dict)  # `sampling` needs no hooks
         self._loaded, self._was_loaded = state_dict, True
         if self._hooked:
             self._apply_loaded()
