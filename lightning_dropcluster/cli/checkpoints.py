@@ -65,6 +65,8 @@ def print_history(history: LayerHistory) -> None:
 def save_plots(history: LayerHistory, folder: Path, *, image: Tensor | None, max_maps: int) -> Iterator[Path]:
     """Draw a layer's clusters, their sizes, over an image if there is one, and over time; yield each path."""
     labels, moments = history.labels[-1], len(history.labels)
+    if not 2 <= labels.ndim <= 4:
+        return  # not maps
     file = re.sub(r"[\\/:]", "_", history.name)  # a checkpoint may come from anywhere: no path leads out
     title = headline([history.name, f"epoch {history.epochs[-1]}"])
     shared: dict[str, Any] = {"title": history.name, "scope": history.scope}

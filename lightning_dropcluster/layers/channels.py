@@ -81,11 +81,12 @@ class Layout:
         for count in counts:
             if self.grid_size and tokens - count == prod(self.grid_size):
                 return count, *self.grid_size  # pyright: ignore[reportReturnType]
-        for count in counts:
+        for count in counts[:1] if self.grid_size else counts:
             side = int(sqrt(max(tokens - count, 0)))  # torch.compile traces no isqrt
             if side and side * side == tokens - count:
                 return count, side, side
-        return 0, 1, tokens
+        count = self.num_prefix_tokens if self.num_prefix_tokens < tokens else 0
+        return count, 1, tokens - count
 
 
 def misreading(channel_dim: int) -> tuple[str, str]:

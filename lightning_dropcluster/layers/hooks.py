@@ -70,10 +70,12 @@ class LayerHook:
 
     def _check(self, module: nn.Module, output: Any) -> None:
         if not isinstance(output, Tensor) or not output.is_floating_point():
-            raise TypeError(
-                f"layers: the output of {self.name!r} ({type(module).__name__}) is {_describe(output)}; "
-                "it must be one floating-point tensor"
-            )
+            what = f"the output of {self.name!r} ({type(module).__name__}) is {_describe(output)}"
+            if self.layout.channel_dim is None:
+                raise TypeError(
+                    f"layers=None: takes {self.name!r} for a stage, but {what}; name other layers"
+                )
+            raise TypeError(f"layers: {what}; it must be one floating-point tensor")
         if output.ndim != self.num_dims if self.num_dims else output.ndim < 2:
             raise ValueError(
                 f"layers: the output of {self.name!r} has shape {tuple(output.shape)}; "

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_dropcluster import ranks
 
+_AVERAGES = ("running_mean", "running_var", "running_std")
 _COUNT = "num_batches_tracked"
 CLEAN_EVERY = 8
 """One training step in so many drops nothing."""
@@ -40,12 +41,14 @@ class NormStatistics:
     half of them, which lets averages lag a little and makes them less noisy. Nothing is computed twice, and
     averages are right at any moment between two steps.
 
-    It takes all modules that own buffers called ``running_...``.
+    It takes all modules that own such buffers and are in training mode: others, such as a copy of the model
+    that follows it, are moved by no forward pass.
     """
 
     def __init__(self, left_out: int = 0) -> None:
         self.left_out = left_out  # steps since the last that counted
         self._norms: list[nn.Module] = []
+        self._moving: list[nn.Module] = []
         self._before: list[Tensor] = []
         self._is_open = self._drops = False
 
@@ -57,6 +60,7 @@ class NormStatistics:
     def begin_step(self, drops: bool) -> None:
         """Note the averages; every callback says whether it drops in the step."""
         if not self._is_open:
+            self._moving = [norm for norm in self._norms if norm.training]
             now = self._buffers()
             if [_kind(b) for b in now] != [_kind(b) for b in self._before]:
                 self._before = [torch.empty_like(buffer) for buffer in now]
@@ -86,7 +90,7 @@ class NormStatistics:
 
     def _buffers(self) -> list[Tensor]:
         """Looked up each time, since modules may be given new ones."""
-        return [buffer for norm in self._norms for buffer in _averages(norm).values()]
+        return [buffer for norm in self._moving for buffer in _averages(norm).values()]
 
     def _catch_up(self) -> None:
         """Move averages as far as if the steps left out, later half of them, had been like this one.
@@ -94,41 +98,40 @@ class NormStatistics:
         A layer that runs n times in a step moves by 1 - (1 - momentum)^n of the way; this goes on along the
         same way, and never past its end.
         """
-        if not self._norms:
-            return
-        now, device = self._buffers(), self._before[0].device
-        factors = self._factors(device)
+        now = self._buffers()
         pairs = [(old, new) for old, new in zip(self._before, now, strict=True) if new.is_floating_point()]
-        old, new = (_flat(side, device) for side in zip(*pairs, strict=True))
-        moved = ranks.average_over_ranks(torch.lerp(old, new, factors))
+        if not pairs:
+            return
+        old, new = (_flat(side, self._before[0].device) for side in zip(*pairs, strict=True))
+        moved = ranks.average_over_ranks(torch.lerp(old, new, self._factors(old != new).to(old.dtype)))
         targets = [target for _, target in pairs]
         parts = moved.split([target.numel() for target in targets])
         for target, part in zip(targets, parts, strict=True):
-            target.copy_(part.view_as(target))
+            target.data.copy_(part.view_as(target))
 
-    def _factors(self, device: torch.device) -> Tensor:
-        """How much farther each value of each average is to go; 1 where all steps weigh alike."""
-        before, counted, runs, sizes = iter(self._before), [], [], []
-        for norm in self._norms:
+    def _factors(self, has_moved: Tensor) -> Tensor:
+        """How much farther each value of each average is to go; 1 where all steps weigh alike.
+
+        InstanceNorm and others do not count their runs: where they have moved, it was one.
+        """
+        before, device, counted, runs, sizes = iter(self._before), has_moved.device, [], [], []
+        for norm in self._moving:
             old, new = {name: next(before) for name in _averages(norm)}, _averages(norm)
             zero = torch.zeros((), dtype=torch.int64, device=device)
             counted.append(old.get(_COUNT, zero).to(device))
             runs.append(new.get(_COUNT, zero).to(device) - counted[-1])
             sizes.append(sum(value.numel() for value in new.values() if value.is_floating_point()))
-        momenta = [getattr(norm, "momentum", None) or math.nan for norm in self._norms]
-        momentum = torch.tensor(momenta, device=device)
+        momenta = [getattr(norm, "momentum", None) or math.nan for norm in self._moving]
+        momentum = torch.tensor(momenta, dtype=torch.float32, device=device)
         share = (1.0 / (momentum * torch.stack(counted))).clamp(0.5, 1.0)
-        kept = (1.0 - momentum) ** torch.stack(runs)
-        factors = (1.0 - kept ** (1.0 + share * self.left_out)) / (1.0 - kept)
-        return factors.nan_to_num(1.0).repeat_interleave(torch.tensor(sizes, device=device))
-
-
-def _is_average(name: str) -> bool:
-    return name.startswith("running_")
+        each = torch.stack([momentum, share, torch.stack(runs)])
+        momentum, share, run = each.repeat_interleave(torch.tensor(sizes, device=device), dim=1)
+        kept = (1.0 - momentum) ** torch.maximum(run, has_moved.float())
+        return ((1.0 - kept ** (1.0 + share * self.left_out)) / (1.0 - kept)).nan_to_num(1.0)
 
 
 def _has_averages(module: nn.Module) -> bool:
-    return any(_is_average(name) and buffer is not None for name, buffer in module._buffers.items())
+    return any(module._buffers.get(name) is not None for name in _AVERAGES)
 
 
 def _averages(norm: nn.Module) -> dict[str, Tensor]:
@@ -136,19 +139,23 @@ def _averages(norm: nn.Module) -> dict[str, Tensor]:
     return {
         name: buffer
         for name, buffer in norm._buffers.items()
-        if (_is_average(name) or name == _COUNT) and buffer is not None and not is_lazy(buffer)
+        if name in (*_AVERAGES, _COUNT) and buffer is not None and not is_lazy(buffer)
     }
 
 
 def _flat(averages: Iterable[Tensor], device: torch.device) -> Tensor:
-    return torch.cat([average.flatten().float().to(device) for average in averages])
+    flat = torch.cat([average.flatten().to(device) for average in averages])
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))
 
 
 def _copy(source: list[Tensor], target: list[Tensor]) -> None:
-    """Copy all of one type at once, which on a GPU takes a few launches."""
+    """Copy all of one type at once, which on a GPU takes a few launches.
+
+    Past autograd: a graph that is still to be run backward may have saved the target.
+    """
     for kind in {buffer.dtype for buffer in source}:
         pairs = [pair for pair in zip(target, source, strict=True) if pair[1].dtype == kind]
-        into, values = (list(side) for side in zip(*pairs, strict=True))
+        into, values = [target.data for target, _ in pairs], [value for _, value in pairs]
         torch._foreach_copy_(into, values)  # pyright: ignore[reportPrivateImportUsage]
 
 

@@ -15,6 +15,7 @@ from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
 from torch.nn.modules.module import register_module_full_backward_hook
 from torch.nn.utils.parametrizations import spectral_norm
 
+from lightning_dropcluster.layers.channels import Layout
 from lightning_dropcluster.layers.injection import Injection, backward_hook_warning
 
 
@@ -370,6 +371,14 @@ def test_an_output_that_is_no_floating_point_tensor_names_the_layer(output, desc
             layer(images())
         assert injection.never_ran() == ["model.x"]
         assert layer.eval()(images()) is output
+
+
+def test_a_stage_that_gives_no_tensor_says_that_it_was_taken_for_one():
+    layer = Returns((torch.ones(2, 3),))
+    with Injection({"stage2": layer}, {"stage2": Negate()}) as injection:
+        injection.hooks["stage2"].layout = Layout(None, 3)
+        with pytest.raises(TypeError, match=r"layers=None: takes 'stage2' for a stage, but .* a tuple"):
+            layer(images())
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from timm.layers import BatchNormAct2d, SyncBatchNormAct
+from timm.layers import BatchNormAct2d, EvoNorm2dB0, SyncBatchNormAct
 from torch import nn
 
 from lightning_dropcluster.layers.norm_statistics import CLEAN_EVERY, NormStatistics, is_clean_step
@@ -18,6 +18,7 @@ NORMS = {
     "SyncBatchNorm": nn.SyncBatchNorm,  # which needs a GPU where there are ranks
     "SyncBatchNormAct": SyncBatchNormAct,
     "InstanceNorm2d": lambda n: nn.InstanceNorm2d(n, track_running_stats=True),
+    "EvoNorm2dB0": EvoNorm2dB0,
 }
 
 
@@ -93,6 +94,72 @@ def test_frozen_averages_stay():
     for index in range(10):
         step(statistics, norm, torch.randn(8, 3, 4, 4), drops=index % 2 == 0)
     assert all(torch.equal(value, before[key]) for key, value in averages(norm).items())
+
+
+@pytest.mark.parametrize("name", ["InstanceNorm2d", "EvoNorm2dB0"])
+def test_averages_without_a_count_are_as_fast_as_those_with_one(name):
+    x, norms = 5 * torch.randn(64, 3, 8, 8), [NORMS["BatchNorm2d"](3), NORMS[name](3)]
+    for norm in norms:
+        statistics = NormStatistics()
+        statistics.attach(norm)
+        for index in range(25):
+            step(statistics, norm, x, drops=index % 8 != 0)
+    counted, uncounted = (norm.running_var.mean().item() for norm in norms)
+    assert uncounted == pytest.approx(counted, rel=0.1)
+
+
+def test_a_graph_that_runs_backward_twice_is_left_alone():
+    norm, statistics = nn.BatchNorm2d(3), NormStatistics()
+    statistics.attach(norm)
+    statistics.begin_step(True)
+    loss = norm(torch.randn(8, 3, 4, 4)).square().sum()
+    loss.backward(retain_graph=True)
+    statistics.put_back()
+    loss.backward()
+    statistics.end_step()
+
+
+def test_a_copy_that_follows_the_model_is_left_alone():
+    model = nn.ModuleList([nn.BatchNorm2d(3), nn.BatchNorm2d(3).eval()])
+    statistics = NormStatistics()
+    statistics.attach(model)
+    statistics.begin_step(True)
+    model[1].running_var.fill_(7.0)
+    statistics.end_step()
+    assert (model[1].running_var == 7.0).all()
+
+
+def test_buffers_of_other_names_are_left_alone():
+    model = nn.BatchNorm2d(3)
+    model.register_buffer("running_steps", torch.zeros(()))
+    statistics = NormStatistics()
+    statistics.attach(model)
+    statistics.begin_step(True)
+    model.running_steps += 1
+    statistics.end_step()
+    assert model.running_steps == 1
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_another_default_type(default):
+    norm, statistics = nn.BatchNorm2d(3), NormStatistics()
+    statistics.attach(norm)
+    torch.set_default_dtype(default)
+    try:
+        for drops in (True, False):
+            step(statistics, norm, torch.randn(8, 3, 4, 4, dtype=torch.float32), drops)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert norm.running_var.isfinite().all()
+
+
+def test_averages_in_float64_keep_their_digits():
+    norm, statistics = nn.BatchNorm2d(1).double(), NormStatistics()
+    statistics.attach(norm)
+    norm.running_mean.fill_(1e9 + 1)
+    for drops in (True, False):
+        step(statistics, norm, torch.full((2, 1, 1, 2), 1e9 + 1, dtype=torch.float64), drops)
+    assert norm.running_mean.item() == pytest.approx(1e9 + 1, abs=0.01)
 
 
 def test_a_model_without_averages_needs_nothing():

@@ -8,6 +8,7 @@ from fits import Classifier, make_loader, make_trainer
 from matplotlib.figure import Figure
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
+from torch import nn
 
 from lightning_dropcluster import DropCluster
 from lightning_dropcluster.visualization import logged
@@ -101,6 +102,17 @@ def test_the_picture_is_that_of_the_labels_with_their_colors(monkeypatch):
     assert all(options["colors"].equal(drawn[0][1]["colors"]) for _, options in drawn)
     fit(Recorder("wandb"), callback=callback)
     assert drawn[3][1]["previous"] is None
+
+
+@pytest.mark.usefixtures("no_pause", "blank")
+def test_layers_without_maps_are_passed_over():
+    logger = Recorder("tensorboard")
+    fit(
+        logger,
+        callback=DropCluster(["global_pool", "conv1"], **SETTINGS, layer_types=nn.Module),
+        max_epochs=1,
+    )
+    assert {tag for tag, _, _ in logger.pictures} == {"dropcluster/model.conv1"}
 
 
 @pytest.mark.usefixtures("no_pause", "blank")
