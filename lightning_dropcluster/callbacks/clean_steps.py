@@ -21,7 +21,8 @@ class CleanSteps:
     def __init__(self, keeps_statistics: bool, auto: AutoDropProb | None) -> None:
         self.keeps_statistics, self.auto = keeps_statistics, auto
         self._statistics = NormStatistics()
-        self._are_needed = self._drops = False
+        self._are_needed = self._drops = self._is_clean = False
+        self._is_alone = True
 
     def reset(self) -> None:
         """Forget an earlier training."""
@@ -31,12 +32,17 @@ class CleanSteps:
 
     def attach(self, model: nn.Module, others: Iterable[CleanSteps]) -> None:
         """Look for running averages, after which all callbacks of a Trainer look together."""
-        self._are_needed = self.auto is not None
+        others = list(others)
+        self._are_needed, self._is_alone = self.auto is not None, not others
         if self.keeps_statistics:
             for other in others:
                 if other.keeps_statistics:
                     self._statistics = other._statistics
             self._are_needed |= self._statistics.attach(model)
+        for other in others:
+            other._is_alone = False
+            if self.auto is not None or other.auto is not None:  # no loss counts in which another drops
+                self._are_needed = other._are_needed = True
 
     def detach(self) -> None:
         """Undo what an unfinished step has changed, and let go of the model."""
@@ -49,7 +55,7 @@ class CleanSteps:
 
     def begin_step(self, drop_prob: float, is_clean: bool) -> None:
         """Note how averages are before a step; a drop_prob of NaN drops, nobody knows how much."""
-        self._drops = drop_prob != 0.0 and not is_clean
+        self._drops, self._is_clean = drop_prob != 0.0 and not is_clean, is_clean
         self._statistics.begin_step(self._drops)
 
     def put_back(self) -> None:
@@ -59,7 +65,7 @@ class CleanSteps:
     def end_step(self, trainer: Trainer, outputs: Any) -> None:
         """Put averages back after a step that dropped, and take in the loss of others."""
         self._statistics.end_step()
-        if self.auto is not None and not self._drops:
+        if self.auto is not None and not self._drops and (self._is_clean or self._is_alone):
             loss = training.training_loss(trainer, outputs)
             if loss is not None:
                 self.auto.add(loss)

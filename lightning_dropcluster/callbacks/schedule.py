@@ -20,7 +20,7 @@ class TrainingPosition:
     batches_per_epoch: float
     max_epochs: int
     max_steps: int
-    batches_per_step: int = 1
+    batches_per_step: float = 1
 
     @property
     def fraction(self) -> float | None:

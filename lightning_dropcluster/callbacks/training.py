@@ -22,8 +22,15 @@ def position(trainer: Trainer, batch_idx: int) -> TrainingPosition:
         batches_per_epoch=trainer.num_training_batches,
         max_epochs=trainer.max_epochs if trainer.max_epochs is not None else -1,
         max_steps=trainer.max_steps,
-        batches_per_step=trainer.accumulate_grad_batches,
+        batches_per_step=_batches_per_step(trainer),
     )
+
+
+def _batches_per_step(trainer: Trainer) -> float:
+    """Batches to a step of an optimiser; with several by hand, as it has been so far."""
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.accumulate_grad_batches
+    return batch_of_all(trainer) / trainer.global_step if trainer.global_step else 1
 
 
 def batch_of_all(trainer: Trainer) -> int:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lightning_dropcluster import DropCluster, Dropout, StructuredDropout
 from lightning_dropcluster.callbacks.auto_drop_prob import AutoDropProb
+from lightning_dropcluster.layers.norm_statistics import is_clean_step
 
 LOSSES = st.floats(-1e6, 1e6, width=32)
 CPU = torch.device("cpu")
@@ -258,6 +259,23 @@ def test_sampling_drops_with_the_probability_reached(loader):
     for each in (callback, again):
         with each.sampling(module.eval()) as network, torch.inference_mode():
             assert not torch.equal(network(torch.ones(2, 3, 32, 32)), network(torch.ones(2, 3, 32, 32)))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_losses_in_which_another_callback_drops_do_not_count(loader, monkeypatch, first):
+    counted, trainers, really_add = [], [], AutoDropProb.add
+
+    def add(self, loss):
+        really_add(self, loss)
+        counted.append(trainers[0].global_step - 1)
+
+    monkeypatch.setattr(AutoDropProb, "add", add)
+    other = StructuredDropout("layer1", Dropout(0.5), clean_statistics=False)
+    pair = [make_callback(), other]
+    trainers.append(make_trainer(*(pair if first else reversed(pair)), max_epochs=10))
+    trainers[0].fit(Validated(), loader, loader)
+    steps = trainers[0].global_step
+    assert counted == [step for step in range(steps) if is_clean_step(step, steps - step)]
 
 
 def test_another_trainers_validation_does_not_count(loader):

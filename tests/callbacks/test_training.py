@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_dropcluster import DropCluster
+from lightning_dropcluster import DropCluster, Dropout, StructuredDropout
+from lightning_dropcluster.callbacks import training
 from lightning_dropcluster.clustering import adjusted_rand_index
 
 NAME = "model.conv"
@@ -218,7 +219,7 @@ class Adversaries(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.discriminator, self.generator = Small(), nn.Conv2d(3, 3, 1)
+        self.discriminator, self.generator = Small(), nn.Sequential(nn.Conv2d(3, 3, 1))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
         for_generator, for_discriminator = self.optimizers()
@@ -264,6 +265,20 @@ def test_two_optimisers_by_hand(loader):
         assert first.any()
         assert second.any()
         assert third.any()
+
+
+def test_the_clean_end_counts_batches_with_two_optimisers_too(loader):
+    """The generator's graph runs backward after that of the discriminator, behind BatchNorm."""
+    module, left = Adversaries(), []
+    module.generator.append(nn.BatchNorm2d(3))
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            left.append(training.position(trainer, batch_idx).batches_left)
+
+    dropping = StructuredDropout("discriminator.conv", Dropout(0.5))
+    make_trainer(dropping, Look(), max_steps=12, max_epochs=-1).fit(module, loader)
+    assert left[1:] == [5, 4, 3, 2, 1]
 
 
 def test_several_callbacks_keep_to_themselves(tmp_path, loader):
