@@ -20,7 +20,7 @@ from benchmarks.gain.protocol import Record, Run, final_runs, key, load_stage, t
 from benchmarks.gain.train import run as train
 
 PROCESSES = multiprocessing.get_context("forkserver")
-"""Each run is a process of its own, forked from one that has imported everything: that saves 7 s a run."""
+"""Each run is a process of its own, forked from one that has imported everything already."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,8 +124,8 @@ class NormStatistics:
         momenta = [getattr(norm, "momentum", None) or math.nan for norm in self._moving]
         momentum = torch.tensor(momenta, dtype=torch.float32, device=device)
         share = (1.0 / (momentum * torch.stack(counted))).clamp(0.5, 1.0)
-        each = torch.stack([momentum, share, torch.stack(runs)])
-        momentum, share, run = each.repeat_interleave(torch.tensor(sizes, device=device), dim=1)
+        each, repeats = torch.stack([momentum, share, torch.stack(runs)]), torch.tensor(sizes, device=device)
+        momentum, share, run = each.repeat_interleave(repeats, dim=1, output_size=len(has_moved))
         kept = (1.0 - momentum) ** torch.maximum(run, has_moved.float())
         return ((1.0 - kept ** (1.0 + share * self.left_out)) / (1.0 - kept)).nan_to_num(1.0)
 

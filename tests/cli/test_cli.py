@@ -225,6 +225,11 @@ def test_a_checkpoint_is_drawn(run, checkpoints, tmp_path):
     assert all(str(tmp_path / "new" / name) in out for name in written)
 
 
+def test_layers_without_maps_are_not_drawn(tmp_path):
+    history = LayerHistory("global_pool", "map", [0], [torch.zeros(8, dtype=torch.int64)])
+    assert not list(save_plots(history, tmp_path, image=None, max_maps=1))
+
+
 def test_the_name_of_a_layer_leads_to_no_other_folder(tmp_path):
     labels = torch.zeros(2, 4, 4).long()
     for name in ("../escaped", str(tmp_path / "elsewhere"), "a/b"):
