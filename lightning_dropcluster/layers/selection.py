@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_dropcluster.checks import describe
 from lightning_dropcluster.layers.patterns import compile_pattern, matching_names, nearest_names
 from lightning_dropcluster.layers.stages import default_layers
-from lightning_dropcluster.layers.wrappers import CONV_LAYERS, adapted_layer, name_modules
+from lightning_dropcluster.layers.wrappers import CONV_LAYERS, adapted_layer, has_forward, name_modules
 
 Pattern = str | Callable[[str, nn.Module], bool]
 Layers = Pattern | Sequence[Pattern]
@@ -192,9 +192,12 @@ def _search(names: dict[str, nn.Module], pattern: Pattern, types: tuple[type[nn.
 
 def _nameable(names: dict[str, nn.Module], channel_dim: int) -> dict[str, nn.Module]:
     """Leave out what does not run, lists and the like, and what has its channels in the other dimension."""
-    others = (nn.Linear,) if channel_dim == 1 else CONV_LAYERS
-    others += (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-    return {name: module for name, module in names.items() if not isinstance(adapted_layer(module), others)}
+    others = nn.Linear if channel_dim == 1 else CONV_LAYERS
+    return {
+        name: module
+        for name, module in names.items()
+        if has_forward(module) and not isinstance(adapted_layer(module), others)
+    }
 
 
 def _predicate(pattern: Pattern) -> Callable[[str, nn.Module], bool]:

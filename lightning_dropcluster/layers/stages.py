@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-from lightning_dropcluster.layers.wrappers import CONV_LAYERS, name_modules
+from lightning_dropcluster.layers.wrappers import CONV_LAYERS, has_forward, name_modules
 
 _MOST_STAGES = 6  # before the last; models that name more name their blocks
 
@@ -68,7 +68,8 @@ def default_layers(root: nn.Module) -> dict[str, int]:
 def stage_ends(root: nn.Module) -> dict[str, int]:
     """Find the modules with which the stages of timm models end, by ``feature_info``, with their channels.
 
-    Ends that timm places inside a block are left out, since the block's shortcut leads past them.
+    Ends that timm places inside a block are left out, since the block's shortcut leads past them, and lists
+    of blocks, which do not run themselves.
     """
     ends: dict[str, int] = {}
     for prefix, model in _timm_models(root).items():
@@ -76,7 +77,7 @@ def stage_ends(root: nn.Module) -> dict[str, int]:
         for entry in _entries(model):
             # Models made with features_only=True have underscores in place of the dots.
             for name in (str(entry["module"]), str(entry["module"]).replace(".", "_")):
-                if name and name in named and not _is_inside_a_block(name, named):
+                if name and _may_end(name, named):
                     ends[_join(prefix, name)] = entry["num_chs"]
     return ends
 
@@ -173,7 +174,8 @@ def _say_which(root: nn.Module, models: Sequence[str]) -> str:
     if not any(choices):
         trunk = _trunk(convs)
         parts = dict.fromkeys(".".join(c.split(".")[: trunk + 1]) for c in convs)
-        choices = [[part for part in parts if part not in convs][:-1], convs[:1]]
+        run = [part for part in parts if part not in convs and has_forward(names[part])]
+        choices = [run[:-1], convs[:1]]
     texts = [
         f"layers={choice[0]!r}" if len(choice) == 1 else f"layers={choice!r}" for choice in choices if choice
     ]
@@ -208,6 +210,10 @@ def _is_one_conv(module: nn.Module) -> bool:
 def _has_matrix(module: nn.Module) -> bool:
     """Whether a module does more than norm, activation or pooling."""
     return any(weight.ndim > 1 for weight in module.parameters())
+
+
+def _may_end(name: str, named: Mapping[str, nn.Module]) -> bool:
+    return name in named and has_forward(named[name]) and not _is_inside_a_block(name, named)
 
 
 def _is_inside_a_block(name: str, named: Mapping[str, nn.Module]) -> bool:

@@ -32,6 +32,11 @@ def name_modules(root: nn.Module) -> dict[str, nn.Module]:
     return dict(_walk("", root))
 
 
+def has_forward(module: nn.Module) -> bool:
+    """Whether a module can run: a list of others cannot, unless its class says how, as DenseNet's blocks."""
+    return getattr(module.forward, "__func__", module.forward) is not nn.Module.forward
+
+
 def adapted_layer(module: nn.Module) -> nn.Module:
     """Return the layer that an adapter of PEFT stands for, else the module itself."""
     while _is_of_peft(module):

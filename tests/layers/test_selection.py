@@ -86,6 +86,9 @@ class Residual(nn.Module):
         super().__init__()
         self.conv1, self.bn1, self.act, self.conv2 = conv(), nn.BatchNorm2d(1), nn.ReLU(), conv()
 
+    def forward(self, x):
+        return x + self.conv2(self.act(self.bn1(self.conv1(x))))
+
 
 def small_resnet() -> nn.Module:
     layers = {f"layer{n}": nn.Sequential(Residual(), Residual()) for n in (1, 2)}
@@ -456,6 +459,12 @@ def test_a_pattern_that_matches_no_conv_layer_takes_what_it_names(pattern, names
 def test_a_callable_is_asked_about_conv_layers_alone():
     with pytest.raises(ValueError, match="matches no layer; nearest conv layers"):
         select_layers(small_resnet(), lambda name, module: name == "layer1")
+
+
+def test_a_list_that_runs_can_be_named():
+    densenet = timm.create_model("densenet121")
+    names = ["features.denseblock1", "features.denseblock2"]  # ModuleDicts with a forward
+    assert picked(densenet, "features.denseblock[12]") == names
 
 
 def test_lists_are_named_with_the_layers_inside():

@@ -125,12 +125,14 @@ def test_of_many_blocks_in_a_row_they_are_the_ends_of_quarters(family, blocks):
     assert list(default_layers(on_meta(family))) == [f"blocks.{block}" for block in blocks]
 
 
-@pytest.mark.parametrize("family", ["mvitv2_tiny", "xception41"])
+@pytest.mark.parametrize("family", ["mvitv2_tiny", "xception41", "coat_lite_tiny"])
 def test_models_whose_stages_cannot_be_taken_say_so(family):
     with pytest.raises(
         ValueError, match=r"tells no stages whose outputs could be taken; say which, for .*layers="
-    ):
+    ) as error:
         select_layers(on_meta(family))
+    for layers in pasted(str(error.value)):
+        assert select_layers(on_meta(family), layers)
 
 
 def test_a_model_without_convs_says_so():
