@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-_PHRASES = ("out of memory", "bad_alloc", "can't allocate memory", "not enough memory")
+_PHRASES = ("out of memory", "bad_alloc", "can't allocate memory", "not enough memory", "status_alloc_failed")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

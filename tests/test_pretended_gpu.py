@@ -12,8 +12,10 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +27,7 @@ from lightning_dropcluster.layers.selection import select_layers
 from lightning_dropcluster.learning.learner import ClusterLearner
 from lightning_dropcluster.learning.scopes import SCOPES, Grouping
 from lightning_dropcluster.learning.sketch import Sketch, SketchSettings
+from lightning_dropcluster.methods.fused_drop import drop_fused
 
 SHAPE = (4, 6, 8)
 OPTIONS = {
@@ -48,6 +51,12 @@ class NoCopies(TorchDispatchMode):
 def pretended_gpu() -> Iterator[None]:
     with FakeTensorMode(), NoCopies():
         yield
+
+
+def symbolic_size(shapes: ShapeEnv, hint: int) -> torch.SymInt:
+    source = ConstantSource("size")
+    symbol = shapes.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+    return shapes.create_symintnode(symbol, hint=hint)
 
 
 def moved(module: nn.Module) -> nn.Module:
@@ -138,3 +147,18 @@ def test_the_pretence_notices_a_tensor_of_the_cpu():
 def test_the_pretence_notices_a_copy():
     with pretended_gpu(), pytest.raises(AssertionError, match="copies between devices"):
         make_maps().cpu()
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("mean", [False, True], ids=["zero", "mean"])
+def test_compiled_code_serves_batches_of_all_sizes(mean, memory_format):
+    shapes = ShapeEnv()
+    with FakeTensorMode(shape_env=shapes):
+        size = symbolic_size(shapes, 24)
+        x = torch.empty((size, 16, 8, 8), device="cuda").to(memory_format=memory_format)
+        labels, sizes = (
+            torch.empty(shape, dtype=torch.int32, device="cuda") for shape in ((16, 8, 8), (16, 4))
+        )
+        uniform, prob = torch.empty((size, 16, 4), device="cuda"), torch.empty((), device="cuda")
+        drop_fused(x, labels, sizes, uniform, prob, by_batch=not mean, mean=mean)
+    assert not shapes.replacements

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from torch import nn
 
 from lightning_dropcluster import ranks
@@ -136,7 +137,9 @@ class LayerCallback(CallbackBase):
         self._clean_steps.begin_step(self._drop_prob_now, is_clean)
         self._scope.open(trainer.strategy, self._layers.hooks)
         if not (trainer.barebones or math.isnan(self._drop_prob_now)):
-            pl_module.log(f"{self._log_prefix}/drop_prob", self._drop_prob_now, batch_size=1)
+            # As a number Lightning would copy it to the device, and wait.
+            value = torch.full((), self._drop_prob_now, dtype=torch.float32, device=pl_module.device)
+            pl_module.log(f"{self._log_prefix}/drop_prob", value, batch_size=1)
 
     def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Put running averages back where the step drops."""

@@ -28,19 +28,22 @@ def assign_nearest(points: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
 
 def add_up(points: Tensor, alive: Tensor, labels: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
     """Add up the live points (B, F, D) of each cluster, (B, K, D), and count them, (B, K)."""
-    slots = num_clusters + 1  # the last is for dead items
-    index = labels.masked_fill(~alive, num_clusters)
-    index = (index + slots * torch.arange(len(points), device=points.device)[:, None]).flatten()
-    sizes = labels.new_zeros(len(points) * slots).scatter_add_(0, index, torch.ones_like(index))
+    slots = len(points) * num_clusters
+    index = labels + num_clusters * torch.arange(len(points), device=points.device)[:, None]
+    index = index.masked_fill(~alive, slots).flatten()  # what is dead comes last, and is left out
+    sizes = labels.new_zeros(slots + 1).scatter_add_(0, index, torch.ones_like(index))
     add = _add_in_order if points.is_cuda else _add_by_index
-    sums = add(points.flatten(0, 1), index, sizes)
-    return sums.view(len(points), slots, -1)[:, :-1], sizes.view(len(points), slots)[:, :-1]
+    sums = add(points.flatten(0, 1), index, sizes)[:slots]
+    return sums.view(len(points), num_clusters, -1), sizes[:slots].view(len(points), num_clusters)
 
 
 def _add_in_order(points: Tensor, index: Tensor, sizes: Tensor) -> Tensor:
-    """Add up by runs of sorted points: on a GPU, where additions by index come in any order."""
+    """Add up by runs of sorted points: on a GPU, where additions by index come in any order.
+
+    A run is the work of one thread for each column, so that of all dead points would be a long one.
+    """
     ordered = points[index.argsort(stable=True)]
-    return torch.segment_reduce(ordered, "sum", lengths=sizes, axis=0, unsafe=True)
+    return torch.segment_reduce(ordered, "sum", lengths=sizes[:-1], axis=0, unsafe=True)
 
 
 def _add_by_index(points: Tensor, index: Tensor, sizes: Tensor) -> Tensor:

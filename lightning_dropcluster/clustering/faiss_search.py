@@ -53,7 +53,7 @@ def _codes(problems: int, width: int, device: torch.device) -> Tensor:
     """
     bits = (problems - 1).bit_length()
     digits = torch.arange(problems, device=device)[:, None] >> torch.arange(bits, device=device) & 1
-    return torch.nn.functional.pad(2.0 * digits - 1.0, (0, -(width + bits) % 4))
+    return torch.nn.functional.pad(2.0 * digits.float() - 1.0, (0, -(width + bits) % 4))
 
 
 def _append(points: Tensor, codes: Tensor) -> Tensor:

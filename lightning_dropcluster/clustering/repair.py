@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from lightning_dropcluster.clustering.centroids import add_up, assign_nearest
 
 _BLOCK = 2**18  # items that are repaired at a time, to bound memory
+_BLOCK_ON_GPU = 2**20  # where a round takes as long for few
 _COPIES = 1e-10  # squared distance from their mean up to which points are copies of one
 _FAR = 1e15
 
@@ -39,7 +40,8 @@ def repair(
     least, most = (min_share * mean_size).floor().clamp(min=1.0), max_share * mean_size
     sizes = labels.new_zeros(len(labels), num_clusters).scatter_add_(1, labels, alive.to(labels.dtype))
     needy = ((live > 0) & ((sizes.amin(1) < least) | (sizes.amax(1) > most))).nonzero().flatten()
-    for some in needy.split(max(1, _BLOCK // points.shape[1])) if len(needy) else ():
+    block = _BLOCK_ON_GPU if points.is_cuda else _BLOCK
+    for some in needy.split(max(1, block // points.shape[1])) if len(needy) else ():
         problems = _Problems(points[some], alive[some], labels[some], num_clusters)
         problems.fill(least[some])
         problems.bound(most[some])

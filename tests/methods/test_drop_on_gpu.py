@@ -6,6 +6,7 @@ import torch
 from fits import Classifier, make_loader, make_trainer, tiny_resnet
 from problems import FLOATS, make_problem
 from torch import nn
+from torch.nn import functional as F
 
 from lightning_dropcluster import ClusterDrop, DropCluster
 from lightning_dropcluster.functional import cluster_drop, cluster_sizes
@@ -14,7 +15,6 @@ from lightning_dropcluster.methods.fused_drop import drop_fused, takes
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
-    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
 ]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 DEVICE = "cuda"
@@ -119,3 +119,40 @@ def test_fits(precision, fill):
     make_trainer(callback, accelerator="gpu", precision=precision, max_epochs=3).fit(module, make_loader())
     assert callback.labels
     assert torch.tensor(module.losses).isfinite().all()
+
+
+@pytest.mark.parametrize("fill", ["zero", "mean"])
+def test_compiled_code_serves_batches_of_all_sizes(fill):
+    torch.compiler.reset()
+    labels = torch.randint(4, (16, 8, 8))
+    block = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), ClusterDrop(labels, 0.3, fill=fill)).to(DEVICE)
+    compiled, counter = torch.compile(block), torch._dynamo.utils.counters
+    frames = counter["frames"]["total"]
+    for samples in (8, 12, 20, 33, 7, 40):
+        compiled(torch.randn(samples, 3, 8, 8, device=DEVICE)).sum().backward()
+    assert counter["frames"]["total"] - frames <= 3
+
+
+class Watched(Classifier):
+    """In its last epoch it is an error if the host waits for the device in a step."""
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class Watch(pl.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        torch.cuda.set_sync_debug_mode("error" if trainer.current_epoch == 2 else "default")
+
+
+def test_the_host_waits_for_nothing_in_a_step():
+    callback = DropCluster("layer*.*.conv2", start=0, num_samples=8, every_n_epochs=9, cluster_size=4)
+    trainer = make_trainer(Watch(), callback, accelerator="gpu", max_epochs=3)
+    try:  # forty steps an epoch, of which the last has some that drop
+        trainer.fit(Watched(tiny_resnet()), make_loader(num_samples=320))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert callback.labels

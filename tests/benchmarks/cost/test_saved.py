@@ -8,7 +8,6 @@ CUDA = pytest.param(
 )
 
 
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_compiled_code_keeps_neither_masks_nor_means(device):
     chosen = {} if device == "cuda" else {"layouts": [torch.channels_last]}
