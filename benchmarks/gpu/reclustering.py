@@ -56,7 +56,10 @@ def strict_relu(outputs: Tensor) -> Tensor:
 
 def by_flash(sketches: Sketches) -> Labels:
     """Let flash-kmeans iterate from the means of the tiles where our cold start begins."""
-    from flash_kmeans import batch_kmeans_Euclid  # pyright: ignore[reportMissingImports]
+    # Not from the package: where its kernels cannot be imported it takes torch's own operations instead.
+    from flash_kmeans.kmeans_triton_impl import (  # pyright: ignore[reportMissingImports]
+        batch_kmeans_Euclid,
+    )
 
     found = {}
     for name, sketch in sketches.items():

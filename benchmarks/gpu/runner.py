@@ -18,7 +18,8 @@ from typing import Any
 from benchmarks.common.record import ROOT
 
 LEAST_SHARE = 0.5  # of its limit that a part must have left to be started
-LOG_LINES = 40
+SHARE_TO_PLAN = 0.8  # of its limit that a part may plan with: it imports before, and ends after
+GRACE = 3.0  # seconds for a part that is stopped to say where it was
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Part:
 
     Args:
         name: to choose it by.
-        command: the module and its arguments, in which "{seconds}" stands for the time it has.
+        command: the module and its arguments, in which "{seconds}" stands for the time it may plan with.
         limit: of seconds, after which it is stopped.
         goals: that its records are held against.
     """
@@ -76,7 +77,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a part: "done", or why it is not; its records so far; and the end of what it printed."""
+    """What became of a part: "done", or why it is not; its records so far; and what it printed."""
 
     part: Part
     state: str
@@ -122,7 +123,7 @@ def run_parts(
 def run_part(part: Part, limit: float, folder: Path, env: Mapping[str, str] | None = None) -> Outcome:
     """Run one part, and stop all processes that it started."""
     out, log = folder / f"{part.name}.jsonl", folder / f"{part.name}.log"
-    command = [word.format(seconds=int(limit)) for word in part.command]
+    command = [word.format(seconds=int(SHARE_TO_PLAN * limit)) for word in part.command]
     started = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -138,12 +139,15 @@ def run_part(part: Part, limit: float, folder: Path, env: Mapping[str, str] | No
             state = f"failed, exit code {code}" if code else "done"
         except subprocess.TimeoutExpired:
             state = f"stopped after {limit:.0f} s"
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                process.send_signal(signal.SIGABRT)  # with PYTHONFAULTHANDLER it prints where it is
+                process.wait(GRACE)
         finally:
             with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait(10)  # one that waits for a device that hangs cannot even be killed
-    printed = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
-    return Outcome(part, state, round(time.monotonic() - started, 1), read_records(out), "\n".join(printed))
+    took, printed = round(time.monotonic() - started, 1), log.read_text(errors="replace")
+    return Outcome(part, state, took, read_records(out), printed)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

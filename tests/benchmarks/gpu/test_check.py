@@ -11,7 +11,7 @@ from jsonargparse import auto_cli
 
 import lightning_dropcluster
 from benchmarks.common import record
-from benchmarks.gpu import accuracy, check, start
+from benchmarks.gpu import accuracy, check, correctness, start
 from benchmarks.gpu.parts import all_parts
 from benchmarks.gpu.runner import Goal, Part, run_parts
 
@@ -33,7 +33,7 @@ MET, MISSED = Goal("fast", "ratio", at_most=1.5), Goal("faster", "ratio", at_mos
 @pytest.fixture
 def env(tmp_path):
     (tmp_path / "fake.py").write_text(FAKE)
-    return {**os.environ, "PYTHONPATH": str(tmp_path)}
+    return {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONFAULTHANDLER": "1"}
 
 
 def parts(*kinds, limit=60.0):
@@ -45,6 +45,7 @@ def test_a_part_that_fails_or_hangs_takes_nothing_from_the_others(tmp_path, env)
     assert [o.state for o in outcomes] == ["failed, exit code 1", "stopped after 3 s", "done"]
     assert [o.records for o in outcomes] == [[{"case": o.part.name, "ratio": 1.5}] for o in outcomes]
     assert "no luck" in outcomes[0].log
+    assert 'fake.py", line 11' in outcomes[1].log  # where it was
     with (
         tmp_path / "hangs.jsonl.lock"
     ).open() as lock:  # which the part's child holds for as long as it lives
@@ -81,9 +82,13 @@ def test_it_prints_a_table_and_keeps_records(tmp_path, env, monkeypatch, capsys)
     assert lines[1]["log"].strip() == "no luck"
     assert [goal["met"] for goal in lines[3]["goals"]] == [True, False]
     assert lines[3]["device"]
+    assert "==== works: done" in (tmp_path / "out.jsonl.log").read_text()
     assert check.main(["--parts", "works", "--bundle", str(tmp_path), "--dry"]) == 1
     with pytest.raises(SystemExit, match="--parts must be some of fails,works, got fast"):
         check.main(["--parts", "works,fast"])
+    with pytest.raises(SystemExit):
+        check.main(["--data_dir", str(tmp_path / "nowhere")])
+    assert "nowhere: there is no such folder or file" in capsys.readouterr().err
 
 
 def test_only_what_is_missing_comes_from_the_bundle(tmp_path, monkeypatch):
@@ -102,6 +107,16 @@ def test_only_what_is_missing_comes_from_the_bundle(tmp_path, monkeypatch):
         f"lightning_dropcluster-{lightning_dropcluster.__version__}.dist-info"
     ]
     assert env["BENCHMARK_COMMIT"] == record.commit() == "abc"
+
+
+def test_a_file_of_tests_that_hangs_is_an_error(tmp_path, monkeypatch):
+    file = tmp_path / "test_hangs.py"
+    file.write_text("import time\n\ndef test_hangs():\n    time.sleep(60)\n")
+    monkeypatch.setattr(correctness, "LIMIT", 5.0)
+    monkeypatch.setattr(correctness, "OPTIONS", ("-v", "-p", "no:cacheprovider", "-c", os.devnull))
+    monkeypatch.setattr(correctness, "ROOT", tmp_path)
+    (found,) = correctness.run_files([file])
+    assert (found["error"], found["exit_code"], found["file"]) == (1, None, "test_hangs.py")
 
 
 @pytest.mark.parametrize("dry", [True, False])
