@@ -93,7 +93,7 @@ def drop_kernel(
     c = f % maps if LAST else f // positions
     s = f // maps if LAST else f % positions
     label = tl.load(labels + c * label_map + s * label_position, mask=inside, other=0).to(tl.int32)
-    mean = label * maps + c if LAST else c * clusters + label
+    of_mean = label * maps + c if LAST else c * clusters + label
     cell = c * clusters + label if PER_MAP else label
     word = tl.load(words + tl.program_id(1).to(tl.int64) * cells + cell, mask=inside, other=0)
     if BY_BATCH:
@@ -111,7 +111,7 @@ def drop_kernel(
         value = tl.load(x + at, mask=ok, other=0.0).to(TYPE)
         kept = (word >> i) & 1 == 0
         if MEAN:
-            near = tl.load(means + n.to(tl.int64) * maps * clusters + mean, mask=ok, other=0.0).to(TYPE)
+            near = tl.load(means + n.to(tl.int64) * maps * clusters + of_mean, mask=ok, other=0.0).to(TYPE)
             weight = tl.where(kept, 1.0 - scale.to(TYPE), 1.0)  # pyright: ignore[reportArgumentType]
             # Exact where the feature is the mean, where the weight is 0, and where it is 1.
             from_value, from_mean = value + weight * (near - value), near - (near - value) * (1.0 - weight)
