@@ -53,7 +53,7 @@ def _means(x: Tensor, labels: Tensor, clusters: int, label_map: int, label_posit
     wide = x.element_size() > 2
     shape = (samples, clusters, maps) if last else (samples, maps, clusters)
     means = torch.empty(shape, dtype=torch.float64 if wide else torch.float32, device=x.device)
-    places = (*((1, maps) if last else (positions, 1)), *((1, maps) if last else (clusters, 1)))
+    places = (1, maps, 1, maps) if last else (positions, 1, clusters, 1)
     fixed = x, labels, means, samples, maps, positions, clusters, label_map, label_position, *places
     if wide:
         tile = 16 if last else 1
