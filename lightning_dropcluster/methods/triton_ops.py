@@ -26,8 +26,7 @@ def pack(uniform: Tensor, prob: Tensor, sizes: Tensor, samples: int, counts: boo
     """Pack what is dropped into words (N / 32, G * K), and count its features or copy the probability."""
     cells, rows = sizes.numel(), -(-samples // _SAMPLES)
     words = torch.empty(rows, cells, dtype=torch.int32, device=uniform.device)
-    number = torch.zeros((), dtype=torch.int64, device=uniform.device) if counts else None
-    amount = torch.empty_like(prob) if number is None else number
+    amount = torch.zeros_like(prob, dtype=torch.int64) if counts else torch.empty_like(prob)
     stride = cells if uniform.shape[0] > 1 else 0
     wrap_triton(pack_kernel)[(-(-cells // _BLOCK), rows)](
         uniform.contiguous(),
