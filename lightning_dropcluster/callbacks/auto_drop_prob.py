@@ -24,6 +24,9 @@ class AutoDropProb:
     first step, is the loss of a network that knows nothing. As a share of the validation loss, the gap would
     call a fine-tuned network overfitted as soon as its training loss nears zero. Where losses fall below
     zero, the share is of the way that they have come.
+
+    A validation loss counts for at most the first one. What is above that comes from an unsteady training,
+    such as fine-tuning at a high rate, at least as much as from overfitting, and dropping would add to it.
     """
 
     def __init__(self, max_drop_prob: float) -> None:
@@ -34,6 +37,7 @@ class AutoDropProb:
         """Go back to before the first step."""
         self.drop_prob = 0.0
         self._first: Tensor | float | None = None
+        self._ceiling: float | None = None
         self._sum: Tensor | float = 0.0
         self._count = 0
         self.has_losses = self.has_compared = False
@@ -65,6 +69,7 @@ class AutoDropProb:
         return {
             "drop_prob": self.drop_prob,
             "first": None if self._first is None else float(self._first),
+            "ceiling": self._ceiling,
             "sum": float(self._sum),
             "count": self._count,
         }
@@ -73,6 +78,7 @@ class AutoDropProb:
         """Go on from a state; with a lower max_drop_prob than before, from that."""
         self.drop_prob = min(state["drop_prob"], self.max_drop_prob)
         self._first, self._sum, self._count = state["first"], state["sum"], state["count"]
+        self._ceiling = state.get("ceiling")  # not in the states of earlier versions
         self.has_losses, self.has_compared = self._first is not None, self.drop_prob > 0.0
 
     def _target(self, first: float, training: float, validation: float) -> float:
@@ -80,5 +86,7 @@ class AutoDropProb:
         scale = first - min(0.0, training)
         if not all(map(math.isfinite, (scale, training, validation))):
             return self.drop_prob
-        share = (validation - training) / scale if scale > 0.0 else 0.0
+        if self._ceiling is None:
+            self._ceiling = validation
+        share = (min(validation, self._ceiling) - training) / scale if scale > 0.0 else 0.0
         return min(max((share - MARGIN) / (1.0 - MARGIN), 0.0), self.max_drop_prob)

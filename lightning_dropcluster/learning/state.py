@@ -54,9 +54,10 @@ def check_clean_steps(state: Mapping[str, Any]) -> None:
         return
     _require_entries("state_dict['auto']", auto, ("drop_prob", "first", "sum", "count"))
     _check_count("count", auto["count"])
-    for name in ("drop_prob", "first", "sum"):
-        if not (isinstance(auto[name], int | float) or (name == "first" and auto[name] is None)):
-            raise ValueError(f"state_dict['auto']: {name}={auto[name]!r} must be a number")
+    for name in ("drop_prob", "first", "sum", "ceiling"):
+        value = auto.get(name)
+        if not (isinstance(value, int | float) or (name in ("first", "ceiling") and value is None)):
+            raise ValueError(f"state_dict['auto']: {name}={value!r} must be a number")
     if not 0.0 <= auto["drop_prob"] < 1.0:
         raise ValueError(f"state_dict['auto']: drop_prob={auto['drop_prob']!r} must be in [0, 1)")
 

@@ -72,6 +72,12 @@ def test_a_network_that_does_not_overfit_drops_nothing():
     assert followed([0.5, 0.9, 1.0]) == 0.0
 
 
+def test_a_validation_loss_counts_for_at_most_the_first_one():
+    assert followed([1.3, 5.0, 9.0, 1.6]) == followed([1.3] * 4)
+    assert followed([math.nan, 1.3, 5.0]) == followed([1.3] * 2)
+    assert followed([1.3, 1.2, 1.25]) < followed([1.3] * 3)
+
+
 def test_losses_below_zero_count_from_the_lowest():
     auto = AutoDropProb(0.8)
     auto.add(torch.tensor(0.0))
@@ -222,6 +228,7 @@ def test_a_resumed_run_goes_on_as_it_was(tmp_path):
         ({"drop_prob": 1.5, "first": 1.0, "sum": 0.0, "count": 0}, "in \\[0, 1\\)"),
         ({"drop_prob": 0.1, "first": "x", "sum": 0.0, "count": 0}, "must be a number"),
         ({"drop_prob": 0.1, "first": 1.0, "sum": 0.0, "count": -1}, "count=-1"),
+        ({"drop_prob": 0.1, "first": 1.0, "sum": 0.0, "count": 0, "ceiling": "x"}, "ceiling='x'"),
     ],
 )
 def test_a_damaged_state_is_refused(auto, said):
