@@ -24,7 +24,7 @@ help: ## Show this list
 	@touch $@
 
 .PHONY: demo
-demo: .venv/.installed ## Train a timm model on real images with the callback and draw its clusters
+demo: .venv/.installed ## Train a timm model on handwritten digits with the callback and draw its clusters
 	$(BIN)/python -m benchmarks.demo $(DEMO_ARGS)
 
 .PHONY: test
