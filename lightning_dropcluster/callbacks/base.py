@@ -126,6 +126,8 @@ class LayerCallback(CallbackBase):
     ) -> None:
         """Set the drop probability of the step."""
         position = training.position(trainer, batch_idx)
+        if batch_idx == 0:
+            self._clean_steps.look_at(pl_module)
         fraction, is_due = self._schedule.advance(position)
         if training.only_updates_statistics(trainer):
             fraction, is_due = 0.0, False
@@ -135,15 +137,11 @@ class LayerCallback(CallbackBase):
         is_clean = self._clean_steps.is_due(trainer, position.batches_left)
         self._drop_prob_now = self._begin_step(fraction, is_due, is_clean)
         self._clean_steps.begin_step(self._drop_prob_now, is_clean)
-        self._scope.open(trainer.strategy, self._layers.hooks)
+        self._scope.open(trainer.strategy, self._layers.hooks, self._clean_steps.end_pass)
         if not (trainer.barebones or math.isnan(self._drop_prob_now)):
             # As a number Lightning would copy it to the device, and wait.
             value = torch.full((), self._drop_prob_now, dtype=torch.float32, device=pl_module.device)
             pl_module.log(f"{self._log_prefix}/drop_prob", value, batch_size=1)
-
-    def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Put running averages back where the step drops."""
-        self._clean_steps.put_back()
 
     def on_train_batch_end(
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
@@ -181,12 +179,14 @@ class LayerCallback(CallbackBase):
     ) -> None:
         """Leave nothing attached: Lightning calls no teardown after an error."""
         self.detach()
+        self._let_go_of_module()
         self._forget_loaded()
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Leave nothing attached; another Trainer may validate in the midst of a fit."""
         if stage == "fit":
             self.detach()
+            self._let_go_of_module()
         self._forget_loaded()
 
     def detach(self) -> None:
@@ -221,6 +221,11 @@ class LayerCallback(CallbackBase):
         self._loaded, self._was_loaded = state_dict, True
         if self._hooked:
             self._apply_loaded()
+
+    def _let_go_of_module(self) -> None:
+        """Drop the methods of the module that Lightning gives to callbacks, anew for each fit."""
+        for name in ("log", "log_dict"):
+            vars(self).pop(name, None)
 
     def _forget_loaded(self) -> None:
         self._loaded, self._was_loaded = None, False

@@ -1,6 +1,6 @@
 """The training step and its backward pass; what hooks of callbacks run in between is no part of it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_dropcluster.layers.hooks import LayerHook
@@ -25,12 +25,13 @@ class StepScope:
 
     def __init__(self) -> None:
         self._hooks: Mapping[str, LayerHook] = {}
+        self.end_pass: Callable[[], None] = _do_nothing
         self._wrapped: list[tuple[Any, str]] = []
 
-    def open(self, strategy: Any, hooks: Mapping[str, LayerHook]) -> None:
-        """Begin a batch."""
+    def open(self, strategy: Any, hooks: Mapping[str, LayerHook], end_pass: Callable[[], None]) -> None:
+        """Begin a batch; ``end_pass`` is called at the end of each part of it in which hooks act."""
         self.close()
-        self._hooks = hooks
+        self._hooks, self.end_pass = hooks, end_pass
         suspend(hooks)
         for place, name, acts in _PARTS:
             owner = strategy if place == "strategy" else strategy.precision_plugin
@@ -49,7 +50,7 @@ class StepScope:
                 del vars(owner)[name]
                 if part.before is not None:
                     vars(owner)[name] = part.before
-        self._hooks = {}
+        self._hooks, self.end_pass = {}, _do_nothing
 
     def set_suspended(self, suspended: bool) -> bool:
         """Switch the hooks, and return how they were."""
@@ -70,10 +71,17 @@ class _Part:
         listeners = list(self.listeners)
         states = [listener.set_suspended(not self.acts) for listener in listeners]
         try:
-            return self.method(*args, **kwargs)
+            result = self.method(*args, **kwargs)
         finally:
             for listener, state in zip(listeners, states, strict=True):
                 listener.set_suspended(state)
+        for listener in listeners if self.acts else ():
+            listener.end_pass()
+        return result
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def suspend(hooks: Mapping[str, LayerHook]) -> None:

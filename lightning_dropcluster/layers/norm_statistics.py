@@ -12,6 +12,7 @@ from lightning_dropcluster import ranks
 
 _AVERAGES = ("running_mean", "running_var", "running_std")
 _COUNT = "num_batches_tracked"
+_OTHER_COUNT = "count"  # of normalisers that weigh all of the past alike
 CLEAN_EVERY = 8
 """One training step in so many drops nothing."""
 _LAST = 20
@@ -41,8 +42,8 @@ class NormStatistics:
     half of them, which lets averages lag a little and makes them less noisy. Nothing is computed twice, and
     averages are right at any moment between two steps.
 
-    It takes all modules that own such buffers and are in training mode: others, such as a copy of the model
-    that follows it, are moved by no forward pass.
+    It takes all modules that own such buffers and are in training mode, and looks at them at the end of each
+    pass: what is written later in a step, such as into a copy that follows the model, stays as it is.
     """
 
     def __init__(self, left_out: int = 0) -> None:
@@ -57,10 +58,14 @@ class NormStatistics:
         self._norms = [module for module in model.modules() if _has_averages(module)]
         return bool(self._norms)
 
+    def are_moving(self) -> bool:
+        """Whether any layer takes new averages in training."""
+        return any(norm.training for norm in self._norms)
+
     def begin_step(self, drops: bool) -> None:
         """Note the averages; every callback says whether it drops in the step."""
         if not self._is_open:
-            self._moving = [norm for norm in self._norms if norm.training]
+            self._moving = [norm for norm in self._norms if norm.training and not _is_lazy(norm)]
             now = self._buffers()
             if [_kind(b) for b in now] != [_kind(b) for b in self._before]:
                 self._before = [torch.empty_like(buffer) for buffer in now]
@@ -68,24 +73,26 @@ class NormStatistics:
             self._is_open, self._drops = True, False
         self._drops |= drops
 
-    def put_back(self) -> None:
-        """Undo what a step that drops has changed so far."""
+    def end_pass(self) -> None:
+        """Put the averages back after a pass that dropped; let a clean one count for steps left out.
+
+        Backward is such a pass too: where activations are recomputed, averages move again.
+        """
         if self._is_open and self._drops:
             _copy(self._before, self._buffers())
-
-    def end_step(self) -> None:
-        """Put the averages back after a step that dropped; let a clean one count for those left out."""
-        self.put_back()
-        if self._is_open and self._drops:
-            self.left_out += 1
         elif self._is_open and self.left_out:
             self._catch_up()
             self.left_out = 0
+
+    def end_step(self) -> None:
+        """Count a step that dropped; its passes have ended."""
+        self.left_out += self._is_open and self._drops
         self._is_open = False
 
     def cancel_step(self) -> None:
         """Undo what an unfinished step has changed, if it drops, and count it for nothing."""
-        self.put_back()
+        if self._drops:
+            self.end_pass()
         self._is_open = False
 
     def _buffers(self) -> list[Tensor]:
@@ -134,7 +141,12 @@ class NormStatistics:
 
 
 def _has_averages(module: nn.Module) -> bool:
-    return any(module._buffers.get(name) is not None for name in _AVERAGES)
+    is_frozen = type(module).__name__.startswith("Frozen")  # as torchvision's and timm's BatchNorm
+    return not is_frozen and any(module._buffers.get(name) is not None for name in _AVERAGES)
+
+
+def _is_lazy(norm: nn.Module) -> bool:
+    return any(buffer is not None and is_lazy(buffer) for buffer in norm._buffers.values())
 
 
 def _averages(norm: nn.Module) -> dict[str, Tensor]:
@@ -142,7 +154,7 @@ def _averages(norm: nn.Module) -> dict[str, Tensor]:
     return {
         name: buffer
         for name, buffer in norm._buffers.items()
-        if name in (*_AVERAGES, _COUNT) and buffer is not None and not is_lazy(buffer)
+        if name in (*_AVERAGES, _COUNT, _OTHER_COUNT) and buffer is not None
     }
 
 

@@ -150,7 +150,8 @@ def test_the_loss_is_found_in_what_a_step_returns(loader, returned):
 def test_a_missing_validation_loss_is_an_error_that_lists_what_is_logged(loader):
     module = Validated()
     module.name = "valid/loss"
-    with pytest.raises(ValueError, match=r"monitor='val_loss'.*'valid/loss'"):
+    said = r"monitor='val_loss'.*'valid/loss'"
+    with pytest.raises(ValueError, match=said), pytest.warns(UserWarning, match=said):  # in the trial first
         make_trainer(make_callback()).fit(module, loader, loader)
     make_trainer(make_callback(monitor="valid/loss")).fit(module.train(), loader, loader)
 

@@ -17,7 +17,7 @@ from pytorch_lightning.callbacks import (
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import update_bn
+from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
@@ -241,3 +241,57 @@ def test_learned_parameters_take_part_in_clean_steps():
 
     make_trainer(StructuredDropout("conv1", AdvancedDropout), Look()).fit(Still(), make_data())
     assert not missing
+
+
+@pytest.mark.parametrize("every", [1, 3, 5])
+def test_a_copy_inside_the_module_that_follows_the_weights_is_left_alone(every):
+    class Followed(Still):
+        def __init__(self):
+            super().__init__()
+            self.average = AveragedModel(self.model)  # in training mode, as Lightning leaves it
+
+        def optimizer_step(self, *args, **kwargs):
+            super().optimizer_step(*args, **kwargs)
+            if self.trainer.global_step % every == 0:
+                self.average.update_parameters(self.model)
+
+        def on_train_batch_end(self, *_):
+            lowest.append(min(v.min().item() for k, v in self.average.named_buffers() if "running_var" in k))
+
+    lowest = []
+    callback = StructuredDropout("model.conv1", Dropout(0.5), **OPTIONS)
+    make_trainer(callback, max_epochs=10).fit(Followed(), make_loader())
+    assert min(lowest) > 0.0
+
+
+def test_layers_that_are_made_late_are_kept_clean_too(loader):
+    class Late(Still):
+        def on_fit_start(self):
+            self.model.norm1 = nn.BatchNorm2d(8)
+
+    class Early(Still):
+        def __init__(self):
+            super().__init__()
+            self.model.norm1 = nn.BatchNorm2d(8)
+
+    counts = []
+    for kind in (Early, Late):
+        module = kind()
+        make_trainer(CALLBACKS["dropout"](), max_epochs=8).fit(module, loader)
+        counts.append(int(module.model.norm1.num_batches_tracked))
+    assert counts[0] == counts[1] < 20
+
+
+def test_frozen_averages_need_no_clean_steps(loader):
+    class Frozen(Still):
+        def on_train_batch_start(self, *_):
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+
+    module, dropped = Frozen(), []
+    module.model.conv1.register_forward_hook(
+        lambda _, args, output: dropped.append(bool((output == 0).any()))
+    )
+    make_trainer(CALLBACKS["dropout"](), max_epochs=10).fit(module, loader)
+    assert all(dropped[1:])

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from timm.layers import BatchNormAct2d, EvoNorm2dB0, SyncBatchNormAct
+from timm.layers import BatchNormAct2d, EvoNorm2dB0, FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from lightning_dropcluster.layers.norm_statistics import CLEAN_EVERY, NormStatistics, is_clean_step
 
@@ -26,6 +27,7 @@ def step(statistics: NormStatistics, norm: nn.Module, x: torch.Tensor, drops: bo
     statistics.begin_step(drops)
     for _ in range(calls):
         norm(2 * x if drops else x)
+    statistics.end_pass()
     statistics.end_step()
 
 
@@ -114,9 +116,9 @@ def test_a_graph_that_runs_backward_twice_is_left_alone():
     statistics.begin_step(True)
     loss = norm(torch.randn(8, 3, 4, 4)).square().sum()
     loss.backward(retain_graph=True)
-    statistics.put_back()
+    statistics.end_pass()
     loss.backward()
-    statistics.end_step()
+    statistics.end_pass()
 
 
 def test_a_copy_that_follows_the_model_is_left_alone():
@@ -187,6 +189,7 @@ def test_one_callback_that_drops_is_enough():
     for drops in (False, True, False):
         statistics.begin_step(drops)
     norm(torch.randn(8, 3, 4, 4))
+    statistics.end_pass()
     statistics.end_step()
     statistics.end_step()
     assert torch.equal(norm.running_var, before["running_var"])
@@ -201,3 +204,40 @@ def test_buffers_that_are_replaced_are_followed():
     norm.double()
     step(statistics, norm, torch.randn(8, 3, 4, 4).double(), drops=True)
     assert torch.equal(norm.running_var, torch.ones(3).double())
+
+
+def test_a_count_under_another_name_goes_with_its_averages():
+    """Of a normaliser that weighs all of the past alike."""
+
+    class Welford(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("running_mean", torch.zeros(3))
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.count += 1
+            self.running_mean += (x.mean((0, 2, 3)) - self.running_mean) / self.count
+
+    norm, statistics = Welford(), NormStatistics()
+    statistics.attach(norm)
+    x = torch.randn(8, 3, 4, 4) + 5
+    for index in range(16):
+        step(statistics, norm, x, drops=index % 8 != 0)
+    assert norm.count == 2
+    torch.testing.assert_close(norm.running_mean, x.mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("make", [FrozenBatchNormAct2d, FrozenBatchNorm2d])
+def test_frozen_layers_have_no_averages_to_keep(make):
+    assert not NormStatistics().attach(make(3))
+
+
+def test_a_layer_that_gets_its_size_in_a_step_is_taken_from_the_next_on():
+    norm, statistics = nn.LazyBatchNorm2d(), NormStatistics()
+    statistics.attach(norm)
+    for drops in (True, False):
+        step(statistics, norm, torch.randn(8, 3, 4, 4), drops=drops)
+    before = averages(norm)
+    step(statistics, norm, torch.randn(8, 3, 4, 4), drops=True)
+    assert all(torch.equal(value, before[key]) for key, value in averages(norm).items())
