@@ -237,7 +237,8 @@ class DropCluster(LayerCallback):
     def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         try_clusterer(self._layers.clusterer, self._layers.grouping, pl_module.device)
         self._check_initial_labels()
-        if trainer.global_step == 0 and _is_untouched(self._loaded):
+        is_new = trainer.global_step == 0 or self._layers.is_untouched
+        if is_new and _is_untouched(self._loaded):
             self._loaded = None
             first = {name: c for name, c in self._first_clusters.items() if name in self._hooked}
             self._layers.reset(first)

@@ -20,8 +20,9 @@ class Layout:
     """How the output of a layer lies.
 
     It is (N, C, *spatial) where ``channel_dim`` is 1, and (N, *spatial, C) where it is -1; ``None`` is for
-    whichever fits ``num_channels``, which is what the layer or timm tells. Where the spatial dimension is one
-    of an image's tokens, the first ``num_prefix_tokens`` are no places of the image, but of a class and the
+    whichever fits ``num_channels``, which is what the layer or timm tells; where both do, they are first,
+    but for tokens and models that tell that theirs are last. Where the spatial dimension is one of an image's
+    tokens, the first ``num_prefix_tokens`` are no places of the image, but of a class and the
     like; the others are, in a grid.
     """
 
@@ -30,6 +31,7 @@ class Layout:
     has_tokens: bool = False
     num_prefix_tokens: int = 0
     grid_size: tuple[int, ...] = ()
+    told_last: bool = False
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Refuse outputs whose channels are known to be elsewhere."""
@@ -73,7 +75,8 @@ class Layout:
     def _dim(self, shape: tuple[int, ...]) -> int:
         if self.channel_dim is not None:
             return self.channel_dim
-        return 1 if shape[1] == self.num_channels else -1
+        is_last = shape[-1] == self.num_channels and (self.told_last or (self.has_tokens and len(shape) == 3))
+        return 1 if shape[1] == self.num_channels and not is_last else -1
 
     def _places(self, tokens: int) -> tuple[int, int, int]:
         """Count the tokens before the grid and the sides of the grid; where none fits, it is one row."""
@@ -130,6 +133,7 @@ def _tokens(model: nn.Module | None) -> dict[str, Any]:
     is_grid = isinstance(grid, tuple | list) and len(grid) == 2 and all(type(n) is int for n in grid)
     return {
         "has_tokens": True,
+        "told_last": str(getattr(model, "output_fmt", "")) in ("NHWC", "NLC"),
         "num_prefix_tokens": count if type(count) is int else 0,
         "grid_size": tuple(grid) if is_grid else (),
     }

@@ -16,7 +16,12 @@ CONV_LAYERS: tuple[type[nn.Module], ...] = (
 """The layer types that patterns pick where they match any (subclasses included)."""
 
 LEARNED_CHILD = "structured_dropout"
-"""What a learned regulariser is called inside its layer; it is no layer of the model itself."""
+"""What a learned regulariser is called inside its layer."""
+
+
+class LearnedChild(nn.Module):
+    """Holds a learned regulariser inside its layer; it is no layer of the model itself."""
+
 
 # Of torch.compile, FSDP, activation checkpointing and Opacus.
 _SEGMENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_module"}
@@ -52,7 +57,7 @@ def _walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if adapted_layer(module) is not module:
         return
     for child, inner in module._modules.items():
-        if inner is not None and child != LEARNED_CHILD:
+        if inner is not None and not isinstance(inner, LearnedChild):
             yield from _walk(name if _is_wrapping(module, child) else f"{name}.{child}".lstrip("."), inner)
 
 

@@ -60,6 +60,12 @@ class ClusteredLayers:
         names = [name for name in self.hooks if name in clusters]
         for name in names:
             check_channels(clusters[name], self._injection.layers[name], name)
+            wanted, found = self.hooks[name].num_dims, clusters[name].shape
+            if wanted is not None and len(found) != wanted - 1:
+                raise ValueError(
+                    f"labels of layer {name!r} are for features of shape {tuple(found)}, "
+                    f"but the layer's have {wanted - 1} dimensions"
+                )
         return {name: self.bind(name, clusters[name]) for name in names}
 
     def bind(self, name: str, clusters: Clusters) -> Clusters:

@@ -68,6 +68,11 @@ class ClusterLearner:
         """Whether a window was opened that has not come to labels yet."""
         return self.phase != "idle"
 
+    @property
+    def is_untouched(self) -> bool:
+        """Whether it has neither clusters nor had a window."""
+        return not (self.clusters or self.windows_opened)
+
     def reset(self, clusters: Mapping[str, Clusters]) -> None:
         """Forget an earlier training; the clusters are those to start from."""
         self.clusters, self.phase = dict(clusters), "idle"

@@ -108,7 +108,7 @@ class GatheringWindow:
             name: {
                 "shape": list(sketch.shape),
                 "passed": [[list(shape), count] for shape, count in self._passed.get(name, {}).items()],
-                **{k: v.cpu() for k, v in sketch.state_dict().items()},
+                **{k: v.to("cpu", copy=True) for k, v in sketch.state_dict().items()},
             }
             for name, sketch in self._sketches().items()
         }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_dropcluster import ranks
 from lightning_dropcluster.layers.hooks import LayerHook
 from lightning_dropcluster.layers.injection import Injection
-from lightning_dropcluster.layers.wrappers import LEARNED_CHILD
+from lightning_dropcluster.layers.wrappers import LEARNED_CHILD, LearnedChild
 from lightning_dropcluster.methods import Regularizer
 from lightning_dropcluster.methods.factory import (
     Source,
@@ -50,10 +50,13 @@ class RegularizedLayers:
         """Put regularisers that have parameters into their layers; nothing happens where they are there."""
         # All are made before the model changes.
         made = {name: self._get_or_make(name, layer) for name, layer in modules.items()}
-        for name, regularizer in made.items():
-            if is_learned(regularizer) and not self._is_registered(name, modules[name]):
-                weight = next(modules[name].parameters(), torch.empty(0))
-                modules[name].add_module(LEARNED_CHILD, _Learned(regularizer.to(weight.device)))
+        for name, layer in modules.items():
+            if is_learned(made[name]):
+                _check_name_is_free(name, layer)
+        for name, layer in modules.items():
+            if is_learned(made[name]) and not self._is_registered(name, layer):
+                weight = next(layer.parameters(), torch.empty(0))
+                layer.add_module(LEARNED_CHILD, _Learned(made[name].to(weight.device)))
 
     def attach(self, modules: Mapping[str, nn.Module], device: torch.device) -> None:
         """Hook the layers; those whose regulariser was forgotten get a new one."""
@@ -146,7 +149,7 @@ class RegularizedLayers:
         return regularizer
 
 
-class _Learned(nn.Module):
+class _Learned(LearnedChild):
     """Holds a regulariser where optimiser, device and strategy find it, and the model's state_dict does not.
 
     So a checkpoint fits the model with and without it. Nothing happens where a Sequential calls it.
@@ -171,4 +174,13 @@ def _miss_nothing(_module: nn.Module, keys: Any) -> None:
 def unregister(model: nn.Module) -> None:
     """Take learned regularisers out of a model."""
     for module in list(model.modules()):
-        module._modules.pop(LEARNED_CHILD, None)
+        if isinstance(module._modules.get(LEARNED_CHILD), _Learned):
+            del module._modules[LEARNED_CHILD]
+
+
+def _check_name_is_free(name: str, layer: nn.Module) -> None:
+    if hasattr(layer, LEARNED_CHILD) and not isinstance(layer._modules.get(LEARNED_CHILD), _Learned):
+        raise ValueError(
+            f"layers: {name!r} has an attribute {LEARNED_CHILD!r} of its own, the name under which a "
+            "regulariser with parameters is put there; rename it"
+        )

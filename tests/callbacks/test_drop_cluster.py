@@ -2,7 +2,9 @@
 
 import copy
 import csv
+import gc
 import pickle
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -797,3 +799,45 @@ def test_a_compiled_fit_gives_the_numbers_of_an_eager_one(loader):
     (losses, labels), (losses_again, labels_again) = results
     assert losses_again == pytest.approx(losses, abs=1e-5)
     assert equal(labels, labels_again)
+
+
+def test_initial_labels_with_too_few_dimensions_are_an_error_at_the_start(loader):
+    callback = DropCluster("conv1", initial_labels={"model.conv1": torch.zeros(64, 256, dtype=torch.long)})
+    with pytest.raises(ValueError, match=r"'model.conv1' are for .*\(64, 256\).* 3 dimensions"):
+        make_trainer(callback).fit(Classifier(), loader)
+
+
+def test_initial_labels_count_where_the_trainer_has_trained_before(loader):
+    labels = {"model.conv1": torch.arange(16 * 16).view(1, 16, 16).expand(64, -1, -1) // 4}
+    callback = DropCluster("conv1", initial_labels=labels, every_n_epochs=0)
+    trainer, module = make_trainer(max_epochs=1), Classifier()
+    trainer.fit(module, loader)
+    trainer.callbacks.append(callback)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader)
+    assert torch.equal(callback.labels["model.conv1"].long(), labels["model.conv1"])
+
+
+def test_a_callback_that_is_kept_keeps_no_model(loader):
+    callback, module = make_callback(), Classifier()
+    make_trainer(callback).fit(module, loader)
+    model = weakref.ref(module)
+    del module
+    gc.collect()
+    assert model() is None
+
+
+def test_a_state_stays_as_it_was_while_training_goes_on(loader):
+    states, counts, callback = [], [], make_callback(num_samples=64)
+
+    def count(state):
+        return [int(entry["count"]) for entry in state.values()]
+
+    def act(*_):
+        if state := callback.state_dict()["window"]:
+            states.append(state)
+            counts.append(count(state))
+
+    make_trainer(callback, At(act), max_epochs=8).fit(Classifier(), loader)
+    assert len(states) > 2
+    assert [count(state) for state in states] == counts

@@ -25,6 +25,7 @@ from torch import nn
 
 from lightning_dropcluster import (
     REGULARIZERS,
+    AdvancedDropout,
     DropBlock,
     DropCluster,
     SpatialDropout,
@@ -633,3 +634,16 @@ def test_a_state_of_another_regulariser_is_named(loader):
     with pytest.raises(ValueError, match=r"state_dict: of another regulariser than that of layer 'model"):
         make_trainer(callback).fit(module, loader)
     assert count_hooks(module) == 0
+
+
+@pytest.mark.parametrize("regularizer", [nn.Dropout2d(0.1), AdvancedDropout(8)], ids=["plain", "learned"])
+def test_a_child_of_the_user_that_has_our_name_is_left_alone(loader, regularizer):
+    module = Classifier()
+    own = module.model.conv1.structured_dropout = nn.Conv2d(1, 1, 1)
+    callback = StructuredDropout("model.conv1", regularizer)
+    if isinstance(regularizer, AdvancedDropout):
+        with pytest.raises(ValueError, match="'structured_dropout' of its own"):
+            make_trainer(callback).fit(module, loader)
+    else:
+        make_trainer(callback).fit(module, loader)
+    assert module.model.conv1.structured_dropout is own

@@ -29,6 +29,8 @@ CASES = {
     "found out, last": (Layout(None, 8, **IMAGE), (3, 17, 8), (3, 8, 4, 4)),
     "found out, first": (Layout(None, 8, **IMAGE), (3, 8, 5, 4), (3, 8, 5, 4)),
     "found out, both": (Layout(None, 8, **IMAGE), (3, 8, 5, 8), (3, 8, 5, 8)),
+    "found out, both, told": (Layout(None, 8, told_last=True), (3, 8, 5, 8), (3, 8, 8, 5)),
+    "found out, both, tokens": (Layout(None, 8, has_tokens=True), (3, 8, 8), (3, 8, 1, 8)),
 }
 
 
@@ -210,3 +212,13 @@ def test_what_is_gathered_are_maps():
     x = torch.randn(2, 17, 8)
     assert torch.equal(layer(x), x)
     assert torch.equal(hook.sketch.seen[0], x[:, 1:].mT.reshape(2, 8, 4, 4))
+
+
+def test_a_square_swin_stage_has_its_channels_where_timm_says():
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, embed_dim=8, num_heads=(1, 1, 1, 1)
+    )
+    stage = {"layers.0": model.layers[0]}
+    layout = find_layouts(model, stage, None)["layers.0"]
+    features, _ = layout.split(torch.arange(8.0).expand(1, 8, 8, 8))  # as many rows as channels
+    assert torch.equal(features[0, :, 0, 0], torch.arange(8.0))
