@@ -1,4 +1,4 @@
-"""Train a small ResNet on few handwritten digits without and with DropCluster, and draw its clusters."""
+"""Train a small ResNet on few noisy digits without and with DropCluster, and draw its clusters."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ NUM_TEST = 500
 BASE = Settings(
     model="test_resnet.r160_in1k",
     stem="cifar",
-    data="digits",
-    train_samples=60,
-    epochs=60,
-    batch_size=10,
+    data="noisy_digits",
+    train_samples=200,
+    calibration_samples=100,
+    epochs=40,
+    batch_size=20,
     lr=0.1,
     layers="layer[1-3]",
     any_layer=True,
-    drop_prob=0.5,
+    drop_prob="auto",
     fill="mean",
-    cluster_size=16,
+    scope="position",
+    cluster_size=8,
     start=0.1,
     clean_statistics=True,
     every_n_epochs=10,
-    num_samples=60,
+    num_samples=200,
 )
 
 
@@ -82,14 +84,14 @@ def main(demo: Demo) -> None:
 
 def announcement(base: Settings, seeds: int) -> str:
     """State, before any result is known, what the runs share and where they differ."""
-    options = ("fill", "cluster_size", "start", "every_n_epochs", "num_samples")
+    options = ("fill", "scope", "cluster_size", "start", "every_n_epochs", "num_samples")
     given = ", ".join(f"{name}={getattr(base, name)!r}" for name in options)
     return (
         f"{seeds} pairs of runs of timm's {base.model}, each on {base.train_samples} of scikit-learn's "
-        f"digits: {base.epochs} epochs, the same first weights, batches and optimiser. The second run of a "
-        "pair adds "
-        f'one callback:\n  DropCluster("{base.layers}", {base.drop_prob}, {given})\n'
-        f"Each run is scored once, at the end, on the same {NUM_TEST} test images."
+        f"digits with noise: {base.epochs} epochs, the same first weights, batches and optimiser. The second "
+        f'run of a pair adds one callback:\n  DropCluster("{base.layers}", "{base.drop_prob}", {given})\n'
+        f"It follows the loss on {base.calibration_samples} other images. Each run is scored once, at the "
+        f"end, on the same {NUM_TEST} test images."
     )
 
 

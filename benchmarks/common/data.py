@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.common.images import cache_folder, read_images
 
-DataName = Literal["digits", "cifar10", "folder", "fake"]
+DataName = Literal["digits", "noisy_digits", "cifar10", "folder", "fake"]
 IN_FILES = ("cifar10", "folder")
 SCORED_AT_ONCE = 100
 """Images of a batch where nothing is trained; larger ones leave the processor's cache."""
@@ -64,8 +64,9 @@ def load(
     """Load a data set, its training split cut to a class-balanced subset on request.
 
     Args:
-        data: "digits" (1,297 training and 500 test images of 32 x 32), "cifar10" (50,000 and 10,000),
-            "folder" (what is in `data_dir`) or "fake" (80 and 40 images of noise).
+        data: "digits" (1,297 training and 500 test images of 32 x 32), "noisy_digits" (the same with noise,
+            which a network learns by heart where they are few), "cifar10" (50,000 and 10,000), "folder" (what
+            is in `data_dir`) or "fake" (80 and 40 images of noise).
         data_dir: for "cifar10" and "folder": a folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or a tar
             file of it. With None, torchvision downloads CIFAR-10 into the user's cache folder.
         image_size: side in pixels that the images in `data_dir` are scaled and cropped to, see `read_images`;
@@ -87,10 +88,7 @@ def load(
     if data not in get_args(DataName):
         raise ValueError(f"data must be one of {', '.join(get_args(DataName))}, got {data!r}")
     _check_source(data, data_dir, image_size)
-    if data_dir is not None:
-        whole = _from_files(data_dir, image_size)
-    else:
-        whole = {"digits": _digits, "cifar10": _downloaded_cifar10, "fake": _fake}[data]()
+    whole = _SOURCES[data]() if data_dir is None else _from_files(data_dir, image_size)
     chosen = disjoint_subsets(
         whole.train.labels, train_samples, calibration_samples, validation_samples, seed
     )
@@ -278,13 +276,16 @@ def _from_files(data_dir: str, image_size: int | None) -> ImageData:
     return ImageData(train, test, read.classes, mirror=True)
 
 
-def _digits() -> ImageData:
-    """Scale the 8 x 8 digits up to 32 x 32; the stratified split never changes."""
+def _digits(noise: float = 0.0) -> ImageData:
+    """Scale the 8 x 8 digits, with noise on them, up to 32 x 32; the stratified split never changes."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     pixels, targets = load_digits(return_X_y=True)
     images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) * (255 / 16)
+    if noise:
+        images += noise * torch.randn(images.shape, generator=Generator().manual_seed(0))
+        images = images.clamp(0, 255)
     images = F.interpolate(images, size=32, mode="bilinear").round().byte().expand(-1, 3, -1, -1)
     whole = Split(images, torch.from_numpy(targets).long())
     train, test = train_test_split(torch.arange(len(whole)), test_size=500, stratify=targets, random_state=0)
@@ -305,3 +306,11 @@ def _downloaded_cifar10() -> ImageData:
         Split(torch.from_numpy(p.data).permute(0, 3, 1, 2), torch.tensor(p.targets)) for p in parts
     )
     return ImageData(train, test, parts[0].classes, mirror=True)
+
+
+_SOURCES = {
+    "digits": _digits,
+    "noisy_digits": partial(_digits, noise=0.4 * 255),
+    "cifar10": _downloaded_cifar10,
+    "fake": _fake,
+}

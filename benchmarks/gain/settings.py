@@ -33,8 +33,8 @@ class Settings:
         weights: start from those that timm downloads ("timm") or from those in a file, and normalise images
             as timm says for the model; from random ones by default.
         stem: "timm" keeps the stem; "cifar" gives a ResNet a 3x3 convolution of stride 1 without pooling.
-        data: "digits" (scikit-learn's, in the package), "cifar10", "folder" (any images, in `data_dir`) or
-            "fake" (noise, for tests).
+        data: "digits" (scikit-learn's, in the package), "noisy_digits", "cifar10", "folder" (any images, in
+            `data_dir`) or "fake" (noise, for tests).
         data_dir: a folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or a tar file of it; by default
             torchvision downloads CIFAR-10.
         image_size: side in pixels that the middle of each image in `data_dir` is scaled to; by default images

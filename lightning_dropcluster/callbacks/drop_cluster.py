@@ -53,7 +53,8 @@ class DropCluster(LayerCallback):
         drop_prob: probability in [0, 1) that a cluster, and so each of its features, is dropped at the end
             of the schedule. ``"auto"`` follows how much the network overfits: after each validation it moves
             halfway to (gap - 0.1) / 0.9. The gap is (validation loss - training loss) / (loss of the first
-            step), where the training loss is that of steps that drop nothing.
+            step), where the validation loss is at most its first value, and the training loss is that of
+            steps that drop nothing.
         num_clusters: clusters per feature map (per layer for the other scopes); or
         cluster_size: mean number of features per cluster, at least 1. 16 if neither is given.
         scope: what is grouped: ``"map"``, the features within each feature map; ``"position"``, positions,

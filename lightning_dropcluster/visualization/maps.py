@@ -12,6 +12,7 @@ from lightning_dropcluster.learning.scopes import SCOPES
 from lightning_dropcluster.visualization.colors import neighbor_colors
 from lightning_dropcluster.visualization.panels import (
     agreement,
+    are_alike,
     check_colors,
     check_labels,
     cluster_count,
@@ -37,7 +38,7 @@ def plot_clusters(
     max_maps: int = 16,
     columns: int | None = None,
 ) -> Figure:
-    """Draw the clusters of one layer, a panel per feature map and a colour per cluster.
+    """Draw the clusters of one layer, a panel per feature map, or one for all, and a colour per cluster.
 
     A label has the same colour in every panel, so clusters that span several maps can be followed, and
     clusters side by side have colours that differ. Of 3-d maps the middle slice along the first spatial axis
@@ -72,7 +73,8 @@ def plot_clusters(
     check_number("max_maps", max_maps, 1, integer=True)
     if columns is not None:
         check_number("columns", columns, 1, integer=True)
-    images = shown_maps(labels, max_maps)
+    alike = are_alike(labels)
+    images = shown_maps(labels, 1 if alike else max_maps)
     colors = neighbor_colors(images) if colors is None else check_colors(colors, images)
     columns = min(columns or _default_columns(images), len(images))
     rows = math.ceil(len(images) / columns)
@@ -85,7 +87,8 @@ def plot_clusters(
     for index, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         if index < len(images):
             draw_map(axes, images[index], colors)
-            axes.set_title(f"map {index} · {cluster_count(images[index])}", fontsize=7, pad=2.5)
+            name = "all maps" if alike else f"map {index}"
+            axes.set_title(f"{name} · {cluster_count(images[index])}", fontsize=7, pad=2.5)
         else:
             axes.set_axis_off()
     return figure
@@ -98,7 +101,9 @@ def _summary(labels: Tensor, images: Tensor, previous: Tensor | None, scope: str
     clusters = f"{low}" if low == high else f"{low} to {high}"
     size = " × ".join(str(side) for side in labels.shape[1:])
     maps = f"{len(labels):,} feature maps of {size}" if len(labels) > 1 else f"1 feature map of {size}"
-    shown = "" if len(images) == len(labels) else f" (first {len(images)} shown)"
+    shown = f" (first {len(images)} shown)" if len(images) < len(labels) else ""
+    if are_alike(labels):
+        shown = ", all alike"
     slice_shown = f", slice {labels.shape[1] // 2} shown" if labels.ndim == 4 else ""
     lines = [f"{maps}{shown}, {clusters} cluster{'s' * (high != 1)} in each{slice_shown}"]
     if previous is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_dropcluster.checks import check_number, describe
 from lightning_dropcluster.visualization.colors import neighbor_colors
 from lightning_dropcluster.visualization.panels import (
+    are_alike,
     check_colors,
     check_labels,
     cluster_count,
@@ -46,7 +47,7 @@ def plot_overlay(
         alpha: how far the colours hide the image, in [0, 1].
 
     Returns:
-        The figure: the image first, then a panel per map.
+        The figure: the image first, then a panel per map, or one where all are alike.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -59,7 +60,8 @@ def plot_overlay(
     check_number("alpha", alpha, 0, 1)
     if labels.ndim != 3:
         raise ValueError(f"labels of shape {tuple(labels.shape)}: only 2-d maps lie over an image")
-    maps, picture = shown_maps(labels, max_maps), _picture(image)
+    alike, picture = are_alike(labels), _picture(image)
+    maps = shown_maps(labels, 1 if alike else max_maps)
     colors = neighbor_colors(maps) if colors is None else check_colors(colors, maps)
     columns = min(4, len(maps) + 1)
     rows = math.ceil((len(maps) + 1) / columns)
@@ -78,8 +80,10 @@ def plot_overlay(
         axes.set(xticks=[], yticks=[])
         if index:
             draw_map(axes, maps[index - 1], colors, alpha=alpha)
-        name = f"map {index - 1} · {cluster_count(maps[index - 1])}" if index else "input"
-        axes.set_title(name, fontsize=7, pad=2.5)
+        which = "all maps" if alike else f"map {index - 1}"
+        axes.set_title(
+            f"{which} · {cluster_count(maps[index - 1])}" if index else "input", fontsize=7, pad=2.5
+        )
     return figure
 
 

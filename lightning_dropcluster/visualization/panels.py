@@ -83,6 +83,11 @@ def shown_maps(labels: Tensor, max_maps: int) -> Tensor:
     return labels if labels.ndim == 3 else labels[:, labels.shape[1] // 2]
 
 
+def are_alike(labels: Tensor) -> bool:
+    """Whether several maps have the same clusters, as with one partition for all maps; one is shown then."""
+    return len(labels) > 1 and bool((labels == labels[:1]).all())
+
+
 def panel_inches(labels: Tensor) -> tuple[float, float]:
     """Choose width and height of a panel without its title, following the maps within bounds."""
     if labels.ndim == 2:

@@ -124,7 +124,7 @@ def test_titles_say_what_is_shown():
 
 @pytest.mark.parametrize(("columns", "layout"), [(None, (3, 3)), (4, (2, 4)), (100, (1, 7))])
 def test_columns_set_the_layout(columns, layout):
-    figure = plot_clusters(torch.zeros(7, 2, 2, dtype=torch.long), columns=columns)
+    figure = plot_clusters(torch.arange(28).view(7, 2, 2), columns=columns)
     grid = figure.axes[0].get_gridspec()
     assert (grid.nrows, grid.ncols) == layout
     assert len(panels(figure)) == 7
@@ -132,8 +132,17 @@ def test_columns_set_the_layout(columns, layout):
 
 
 def test_the_maps_that_are_shown_make_the_layout():
-    grid = plot_clusters(torch.zeros(64, 2, 2, dtype=torch.long), max_maps=9).axes[0].get_gridspec()
+    grid = plot_clusters(torch.arange(256).view(64, 2, 2), max_maps=9).axes[0].get_gridspec()
     assert (grid.nrows, grid.ncols) == (3, 3)
+
+
+def test_maps_that_are_alike_are_drawn_once():
+    labels = patches(1, 8, 5).expand(3, -1, -1)
+    figure = plot_clusters(labels)
+    assert [axes.get_title() for axes in figure.axes] == ["all maps · 5 clusters"]
+    assert figure.get_suptitle() == "3 feature maps of 8 × 8, all alike, 5 clusters in each"
+    overlay = plot_overlay(labels, torch.randn(8, 8))
+    assert [axes.get_title() for axes in overlay.axes] == ["input", "all maps · 5 clusters"]
 
 
 def test_labels_are_left_alone_and_pyplot_unused():

@@ -111,6 +111,13 @@ def test_digits_are_split_alike_for_all_seeds():
     assert subset.train.labels.bincount().tolist() == [10] * 10
 
 
+def test_noise_on_digits_never_changes_and_leaves_labels_alone():
+    plain, noisy = load("digits"), load("noisy_digits", seed=1)
+    assert same(noisy, load("noisy_digits", seed=2))
+    assert torch.equal(noisy.test.labels, plain.test.labels)
+    assert (noisy.train.images.float() - plain.train.images).std() > 50
+
+
 def test_fake_images_differ_but_never_change():
     assert same(load("fake", seed=0), load("fake", seed=5))
     assert len(load("fake", train_samples=20).train) == 20
@@ -206,7 +213,9 @@ def test_train_samples_out_of_range(count):
 
 
 def test_bad_names_and_paths(tmp_path, jpeg_tree):
-    with pytest.raises(ValueError, match=r"data must be one of digits, cifar10, folder, fake, got 'mnist'"):
+    with pytest.raises(
+        ValueError, match=r"data must be one of digits, .*, cifar10, folder, fake, got 'mnist'"
+    ):
         load("mnist")
     with pytest.raises(
         FileNotFoundError, match=r"data_dir must be an existing folder or tar file, got '.*none'"
