@@ -14,7 +14,7 @@ def test_quickstart_runs_and_shows_the_picture(tmp_path):
     notebook = nbformat.read(QUICKSTART, as_version=4)
     for cell in notebook.cells:  # less training will do for the picture
         source = cell.source.replace("max_epochs=10", "max_epochs=2")
-        cell.source = source.replace("images[:-500], targets[:-500]", "images[:650], targets[:650]")
+        cell.source = source.replace("images[:-700], targets[:-700]", "images[:650], targets[:650]")
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     by_source = {cell.source: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
     (pictures,) = (outputs for source, outputs in by_source.items() if "plot_clusters(labels" in source)
