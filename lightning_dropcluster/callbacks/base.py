@@ -168,7 +168,7 @@ class LayerCallback(CallbackBase):
     def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Let the drop probability follow the validation loss."""
         if self._hooked:
-            self._clean_steps.follow(trainer, pl_module, self.monitor)
+            self._warn(self._clean_steps.follow(trainer, pl_module, self.monitor))
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Say so where the start was never reached."""

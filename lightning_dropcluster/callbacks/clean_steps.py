@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_dropcluster import ranks
 from lightning_dropcluster.callbacks import training
 from lightning_dropcluster.callbacks.auto_drop_prob import AutoDropProb
 from lightning_dropcluster.layers.norm_statistics import NormStatistics, is_clean_step
@@ -79,19 +78,21 @@ class CleanSteps:
         """Leave no trace of a step that never ended."""
         self._statistics.cancel_step()
 
-    def follow(self, trainer: Trainer, pl_module: LightningModule, monitor: str) -> None:
-        """Let the drop probability follow the validation loss; every rank must call this."""
+    def follow(self, trainer: Trainer, pl_module: LightningModule, monitor: str) -> str | None:
+        """Let the drop probability follow the validation loss; every rank must call this.
+
+        Returns:
+            A warning where the trial validation lacks it: some modules log nothing there.
+        """
         if self.auto is None or trainer.state.fn != "fit":
-            return
+            return None
         loss = trainer.callback_metrics.get(monitor)
         logged = ", ".join(map(repr, sorted(trainer.callback_metrics))) or "nothing"
         lack = (
             f"monitor={monitor!r}: drop_prob='auto' needs it, but validation did not log it; logged: {logged}"
         )
         if trainer.sanity_checking:
-            if loss is None:  # some modules log nothing in the trial, so this is no error yet
-                ranks.warn(lack)
-            return
+            return lack if loss is None else None
         if not self.auto.compare(None if loss is None else float(loss), pl_module.device):
             raise ValueError(lack)
         if not self.auto.has_losses:
@@ -99,6 +100,7 @@ class CleanSteps:
                 "drop_prob='auto': needs the training loss; let training_step return it, also with manual "
                 "optimisation"
             )
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain scalars, for `load_state_dict`."""
