@@ -53,10 +53,9 @@ class NormStatistics:
         self._before: list[Tensor] = []
         self._is_open = self._drops = False
 
-    def attach(self, model: nn.Module) -> bool:
-        """Look for running averages in a model, and tell whether there are any."""
+    def attach(self, model: nn.Module) -> None:
+        """Look for running averages in a model."""
         self._norms = [module for module in model.modules() if _has_averages(module)]
-        return bool(self._norms)
 
     def are_moving(self) -> bool:
         """Whether any layer takes new averages in training."""

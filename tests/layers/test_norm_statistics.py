@@ -58,7 +58,8 @@ def test_the_last_steps_are_clean(total, last):
 def test_a_step_that_drops_leaves_no_trace(name):
     norm, x = NORMS[name](3), torch.randn(8, 3, 4, 4)
     statistics = NormStatistics()
-    assert statistics.attach(norm)
+    statistics.attach(norm)
+    assert statistics.are_moving()
     before = averages(norm)
     step(statistics, norm, x, drops=True)
     assert all(torch.equal(value, before[key]) for key, value in averages(norm).items())
@@ -127,7 +128,7 @@ def test_a_copy_that_follows_the_model_is_left_alone():
     statistics.attach(model)
     statistics.begin_step(True)
     model[1].running_var.fill_(7.0)
-    statistics.end_step()
+    statistics.end_pass()
     assert (model[1].running_var == 7.0).all()
 
 
@@ -138,7 +139,7 @@ def test_buffers_of_other_names_are_left_alone():
     statistics.attach(model)
     statistics.begin_step(True)
     model.running_steps += 1
-    statistics.end_step()
+    statistics.end_pass()
     assert model.running_steps == 1
 
 
@@ -165,9 +166,9 @@ def test_averages_in_float64_keep_their_digits():
 
 
 def test_a_model_without_averages_needs_nothing():
-    assert not NormStatistics().attach(
-        nn.Sequential(nn.LayerNorm(3), nn.GroupNorm(1, 3), nn.InstanceNorm2d(3))
-    )
+    statistics = NormStatistics()
+    statistics.attach(nn.Sequential(nn.LayerNorm(3), nn.GroupNorm(1, 3), nn.InstanceNorm2d(3)))
+    assert not statistics.are_moving()
 
 
 def test_an_unfinished_step_leaves_no_trace():
@@ -230,7 +231,9 @@ def test_a_count_under_another_name_goes_with_its_averages():
 
 @pytest.mark.parametrize("make", [FrozenBatchNormAct2d, FrozenBatchNorm2d])
 def test_frozen_layers_have_no_averages_to_keep(make):
-    assert not NormStatistics().attach(make(3))
+    statistics = NormStatistics()
+    statistics.attach(make(3))
+    assert not statistics.are_moving()
 
 
 def test_a_layer_that_gets_its_size_in_a_step_is_taken_from_the_next_on():
