@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from benchmarks.common.data import ImageDataModule, ValidatedDataModule, load
 from benchmarks.common.models import OWN_RATES, build_model, trained_moments
 from benchmarks.common.record import provenance, quiet, write_line
+from benchmarks.common.rounding import rounded_bfloat16
 from benchmarks.gain.methods import build_callback, build_second
 from benchmarks.gain.old_averages import OldAverages
 from benchmarks.gain.scoring import score
@@ -86,13 +87,13 @@ def run(settings: Settings) -> dict[str, Any]:
     Returns:
         The record: what `score` returns, under old_averages on request once more; the split that it is of,
         seconds, recluster_seconds, versions, commit, device and arguments. Of paths only the last part is
-        kept.
+        kept. "bfloat16" is "rounded" where `rounded_bfloat16` stood in for the processor.
 
     Raises:
         FileNotFoundError: if there are no images in `data_dir`.
         ValueError: if a setting is out of range.
     """
-    with quiet():
+    with quiet(), rounded_bfloat16(settings.precision) as is_rounded:
         pl.seed_everything(settings.seed, workers=True, verbose=False)
         batches = build_batches(settings)
         classifier = build_classifier(settings, len(batches.data.classes))
@@ -112,6 +113,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "split": "test" if settings.validation_samples is None else "validation",
         "seconds": round(seconds, 3),
         "recluster_seconds": round(getattr(callback, "recluster_seconds", 0.0), 3),
+        **({"bfloat16": "rounded"} if is_rounded else {}),
         **provenance(),
         "arguments": arguments(settings),
     }
