@@ -1,5 +1,6 @@
 """What is hung on a layer: gather its output, then regularise it."""
 
+from contextlib import suppress
 from itertools import chain
 from typing import Any, Protocol
 
@@ -45,6 +46,8 @@ class LayerHook:
         self.sketch: Gatherer | None = None
         self.active, self.touches, self.suspended, self.first_call = True, False, False, False
         self.layout = Layout()
+        # Acts once, on a copy of the first output, so that what refuses its shape does so at once.
+        self.trial: nn.Module | None = None
         # Set by a call: what it saw.
         self.fired = False
         self.shape: tuple[int, ...] | None = None
@@ -66,6 +69,8 @@ class LayerHook:
             return None
         if self.active:
             return self.layout.join(self._regularize(features), prefix, output)
+        if not torch.compiler.is_compiling() and self.trial is not None:
+            self._try(features)
         return self._touch(output) if self.touches else None
 
     def _check(self, module: nn.Module, output: Any) -> None:
@@ -105,6 +110,16 @@ class LayerHook:
             self.gather_error = error.with_traceback(None)  # which would hold activations
         return None
 
+    def _try(self, x: Tensor) -> None:
+        trial: Any = self.trial
+        self.trial = None
+
+        def check(seen: Tensor) -> None:
+            _check_made(trial, seen, trial.to(seen.device)(seen.clone()))
+
+        with suppress(NotSeen), torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+            see(x, check)
+
     def _regularize(self, x: Tensor) -> Tensor:
         return apply_plainly(self._regularize_plain, x)
 
@@ -112,17 +127,20 @@ class LayerHook:
         regularizer: Any = self.regularizer
         if not torch.compiler.is_compiling() and _device(regularizer) not in (None, x.device):
             regularizer.to(x.device)  # a model may be spread over devices, and be so after it was hooked
-        made: Any = regularizer(x)
-        if not isinstance(made, Tensor) or made.shape != x.shape:
-            raise ValueError(
-                f"regularizer: {type(regularizer).__name__} must return a tensor of shape "
-                f"{tuple(x.shape)} as it was given, but returned {_describe(made)}"
-            )
-        return made.to(x.dtype)
+        return _check_made(regularizer, x, regularizer(x)).to(x.dtype)
 
     def _touch(self, x: Tensor) -> Tensor:
         parameters = self.regularizer.parameters()  # pyright: ignore[reportOptionalMemberAccess]
         return sum((0.0 * parameter.sum().to(x.dtype) for parameter in parameters), start=x)
+
+
+def _check_made(regularizer: Any, x: Tensor, made: Any) -> Tensor:
+    if not isinstance(made, Tensor) or made.shape != x.shape:
+        raise ValueError(
+            f"regularizer: {type(regularizer).__name__} must return a tensor of shape {tuple(x.shape)} as it "
+            f"was given, but returned {_describe(made)}"
+        )
+    return made
 
 
 def _device(module: nn.Module) -> torch.device | None:

@@ -1,5 +1,6 @@
 """The layers that regularisers act on: a module x -> x for each, its drop probability, its state."""
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -75,6 +76,8 @@ class RegularizedLayers:
                     part.shift = ranks.draw_shift()  # ranks that are seeded alike must not drop alike
             regularizer.to(device)
         self._injection = Injection(modules, {name: self.regularizers[name] for name in modules})
+        for name, hook in self.hooks.items():
+            hook.trial = self._copy_to_try(name)
         self.pause()
         self._injection.attach()
 
@@ -98,6 +101,7 @@ class RegularizedLayers:
                 regularizer.set_drop_prob(used[name])
             would_act, hook.first_call = fraction > 0.0 and used[name] != 0.0, True
             hook.active = would_act and not is_clean
+            hook.trial = None if hook.active else hook.trial
             hook.touches = would_act and is_clean and is_learned(regularizer)
         told = [used[name] for name in self._injection.hooks if not math.isnan(used[name])]
         return max(told, default=math.nan) if fraction > 0.0 else 0.0
@@ -132,6 +136,18 @@ class RegularizedLayers:
     def _is_registered(self, name: str, layer: nn.Module) -> bool:
         child = layer._modules.get(LEARNED_CHILD)
         return isinstance(child, _Learned) and child.regularizer is self.regularizers.get(name)
+
+    def _copy_to_try(self, name: str) -> Any:
+        """Copy a regulariser as it will be; ``None`` for learned ones, which act on no copy of a layer."""
+        if is_learned(self.regularizers[name]):
+            return None
+        try:
+            trial: Any = copy.deepcopy(self.regularizers[name])
+        except Exception:  # modules may hold what cannot be copied
+            return None
+        if has_drop_prob(trial):
+            trial.set_drop_prob(self._drop_probs[name])
+        return trial
 
     def _get_or_make(self, name: str, layer: nn.Module) -> nn.Module:
         return self.regularizers[name] if name in self.regularizers else self._make(name, layer)

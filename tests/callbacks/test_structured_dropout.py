@@ -610,6 +610,37 @@ def test_faulty_fits_are_named(case, loader):
     assert count_hooks(module) == 0
 
 
+@pytest.mark.parametrize("clean_statistics", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "regularizer", "match"),
+    [
+        ("conv1", nn.MaxPool2d(2), "MaxPool2d must return a tensor"),
+        ("global_pool", DropBlock(), r"must be \(N, C, \*spatial\), blocks being spatial"),
+    ],
+    ids=case_id,
+)
+def test_a_shape_that_does_not_fit_is_an_error_long_before_the_start(
+    loader, layer, regularizer, match, clean_statistics
+):
+    module = Classifier()
+    callback = StructuredDropout(layer, regularizer, start=2, clean_statistics=clean_statistics)
+    trainer = make_trainer(callback, max_epochs=3)
+    with pytest.raises(ValueError, match=match):
+        trainer.fit(module, loader)
+    assert trainer.global_step == 0
+    assert count_hooks(module) == 0
+
+
+def test_what_cannot_be_copied_is_not_tried(loader):
+    class Held(nn.Dropout2d):
+        def __deepcopy__(self, memo):
+            raise TypeError("held")
+
+    shares = dropped_shares(loader, StructuredDropout("conv1", Held, start=1, clean_statistics=False))
+    assert shares[:4] == [0.0] * 4
+    assert shares[-1] > 0.0
+
+
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
