@@ -19,6 +19,7 @@ import pytest
 import pytorch_lightning as pl
 import timm
 import torch
+import torch.nn.functional as F
 from fits import Classifier, make_loader
 from jsonargparse import ArgumentParser
 from pytorch_lightning.cli import LightningCLI
@@ -37,9 +38,17 @@ DOCUMENTS = [
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
+class Documented(Classifier):
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self.model(batch[0]), batch[1]))
+
+
 class Data(pl.LightningDataModule):
     def train_dataloader(self):
         return make_loader(1024, batch_size=128, size=16)
+
+    def val_dataloader(self):
+        return make_loader(128, batch_size=128, size=16)
 
 
 def run_config(example: Example) -> None:
@@ -47,7 +56,7 @@ def run_config(example: Example) -> None:
     Path("config.yaml").write_text(example.parsed)
     short = ["--trainer.max_epochs=3", "--trainer.logger=false", "--trainer.accelerator=cpu"]
     cli = LightningCLI(
-        Classifier,
+        Documented,
         Data,
         args=["fit", "--config=config.yaml", *short],
         save_config_callback=None,
@@ -124,7 +133,9 @@ def test_every_block_runs(path, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py"])
     document = Document.parse(str(path), *PARSERS)
     loader = make_loader(64, batch_size=64, size=16)
-    document.namespace.update(model=Classifier(), train_loader=loader, images=torch.randn(2, 3, 32, 32))
+    document.namespace.update(
+        model=Documented(), train_loader=loader, val_loader=loader, images=torch.randn(2, 3, 32, 32)
+    )
     for example in document:
         example.evaluate()
     languages = re.findall(r"^ *```(\w+)", path.read_text(), re.MULTILINE)

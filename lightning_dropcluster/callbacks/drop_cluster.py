@@ -80,7 +80,7 @@ class DropCluster(LayerCallback):
         fill: what replaces a dropped cluster: ``"zero"``, as in the paper, or ``"mean"``, its own mean in
             that sample and map, which keeps what members share and drops what sets them apart. Deviations of
             kept clusters are then scaled by 1 / (1 - drop_prob). See `cluster_drop`.
-        rescale: counts with ``fill="zero"`` alone: ``"batch"`` scales what is kept by (number of features) /
+        rescale: only used with ``fill="zero"``: ``"batch"`` scales what is kept by (number of features) /
             (number kept) over the batch, ``"expected"`` by 1 / (1 - drop_prob).
         paired: with `RBlock`, the two halves of each batch drop different clusters; see `draw_uniform`. Needs
             ``per_sample``.
@@ -280,6 +280,11 @@ class DropCluster(LayerCallback):
             ...         return torch.stack([model(x).softmax(1) for _ in range(20)]).mean(0)
         """
         used = self._full_drop_prob if drop_prob is None else drop_prob
+        if used == 0.0 and drop_prob is None and self.drop_prob == "auto":
+            self._warn(
+                "sampling: 'auto' has found no overfitting, so its drop probability is 0 and all passes are "
+                "the same; give sampling a drop_prob"
+            )
         used = check_number("drop_prob", used, 0, 1, high_open=True)
         # Eagerly: a fit under way would have to compile everything anew, after each sampling.
         injection = self._layers.make_sampler(model, used)

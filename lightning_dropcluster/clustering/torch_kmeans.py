@@ -18,8 +18,8 @@ class TorchKMeans:
     """K-means by Lloyd's iterations in torch, all problems of a block together.
 
     A cold start is from the tiles of the grid (see `tile`), from random items where there is no grid. A warm
-    start needs few iterations: after one from the labels of another window, clusters were already better than
-    where a cold start ended (benchmarks/README.md).
+    start needs few iterations: one from the labels of an earlier window already gives better clusters than a
+    whole cold start (benchmarks/README.md).
 
     Args:
         max_iter: iterations at most from a cold start.
@@ -28,12 +28,11 @@ class TorchKMeans:
         min_share: clusters below this share of the mean size are merged away, see `repair`.
         max_share: clusters above this share of the mean size are split, see `repair`; at least 2,
             infinity for no bound.
-        seed: of the items taken where the start needs random ones; the same seed and profiles give the same
-            labels.
+        seed: for the items that a random start takes; the same seed and profiles give the same labels.
 
     Raises:
-        TypeError: where an argument is no number of the kind wanted.
-        ValueError: where it is out of its range.
+        TypeError: if an argument has the wrong type.
+        ValueError: if it is out of range.
 
     Example:
         >>> TorchKMeans().fit(torch.eye(4)[None], num_clusters=4).unique().tolist()

@@ -129,7 +129,7 @@ def preview(
 ) -> Preview:
     """Show what `DropCluster` with these arguments would work on, without training.
 
-    One forward pass in eval mode without gradients tells the layers' shapes; on the meta device it takes
+    One forward pass in eval mode without gradients finds the layers' shapes; on the meta device it takes
     neither time nor memory. Afterwards the model is as it was: its modes, hooks, buffers and the state of
     the random generators.
 

@@ -111,7 +111,7 @@ class ClusterDrop(DropRegularizer):
         per_sample: True draws for each sample, False once for the whole batch.
         fill: what stands in for a dropped cluster, ``"zero"`` or its own ``"mean"``, see `cluster_drop`. With
             ``"mean"`` the deviations of kept clusters from theirs are scaled by 1 / (1 - drop_prob).
-        rescale: counts with ``fill="zero"`` alone: ``"batch"`` scales what is kept by (number of features) /
+        rescale: only used with ``fill="zero"``: ``"batch"`` scales what is kept by (number of features) /
             (number kept) over the batch, ``"expected"`` by 1 / (1 - drop_prob).
         paired: whether the two halves of each batch are to drop different clusters, for the pairs of R-Block:
             see `draw_uniform`. Needs ``per_sample``.
@@ -120,8 +120,8 @@ class ClusterDrop(DropRegularizer):
         inplace: whether to overwrite the input; not under ``torch.compile``, which plans memory itself.
 
     Raises:
-        TypeError: where an argument has a wrong type.
-        ValueError: where it is out of its range.
+        TypeError: if an argument has the wrong type.
+        ValueError: if it is out of range.
 
     Example:
         >>> drop = ClusterDrop(torch.tensor([[0, 0, 1, 1]]), drop_prob=0.5)

@@ -269,6 +269,18 @@ def test_sampling_drops_with_the_probability_reached(loader):
             assert not torch.equal(network(torch.ones(2, 3, 32, 32)), network(torch.ones(2, 3, 32, 32)))
 
 
+def test_sampling_says_that_nothing_is_dropped_where_nothing_was_overfitted(loader):
+    callback, module = make_callback(), Validated()
+    make_trainer(callback, max_epochs=2).fit(module, loader, loader)
+    state = callback.state_dict()
+    state["auto"]["drop_prob"] = 0.0
+    callback.load_state_dict(state)
+    with pytest.warns(UserWarning, match="'auto' has found no overfitting"), callback.sampling(module):
+        pass
+    with callback.sampling(module, 0.3):  # without a warning
+        pass
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_losses_in_which_another_callback_drops_do_not_count(loader, monkeypatch, first):
     counted, trainers, really_add = [], [], AutoDropProb.add
