@@ -85,6 +85,13 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"{name}={value!r}: must be True or False, not {type(value).__name__}")
 
 
+def check_channel_dim(channel_dim: Any) -> int:
+    """Return 1 or -1; anything else is an error."""
+    if type(channel_dim) is not int or channel_dim not in (1, -1):
+        raise ValueError(f"channel_dim={channel_dim!r}: must be 1 or -1")
+    return channel_dim
+
+
 def check_not_both(first: str, first_value: Any, second: str, second_value: Any) -> None:
     """Check that of two arguments at most one is given."""
     if first_value is not None and second_value is not None:

@@ -14,8 +14,8 @@ from lightning_dropcluster.callbacks.clean_steps import CleanSteps
 from lightning_dropcluster.callbacks.namespaces import LOG, CallbackBase
 from lightning_dropcluster.callbacks.schedule import Schedule
 from lightning_dropcluster.callbacks.step_scope import StepScope, suspend
-from lightning_dropcluster.checks import check_bool, check_number, check_text
-from lightning_dropcluster.layers.channels import check_channel_dim, find_layouts
+from lightning_dropcluster.checks import check_bool, check_channel_dim, check_number, check_text
+from lightning_dropcluster.layers.channels import find_layouts
 from lightning_dropcluster.layers.hooks import LayerHook
 from lightning_dropcluster.layers.idle import idle_warnings
 from lightning_dropcluster.layers.injection import backward_hook_warning, unused_layers_error
@@ -247,8 +247,8 @@ class LayerCallback(CallbackBase):
                 for p in check_patterns(self.layers)
             ]
         )
-        if self.layer_types is not None:
-            settings["layer_types"] = [kind.__qualname__ for kind in check_layer_types(self.layer_types)]
+        if (types := check_layer_types(self.layer_types)) is not None:
+            settings["layer_types"] = [kind.__qualname__ for kind in types]
         return self._generate_state_key(layers=patterns, **settings)
 
     # What subclasses say

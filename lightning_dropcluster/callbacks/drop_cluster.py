@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lightning_dropcluster.callbacks import advice, training
 from lightning_dropcluster.callbacks.base import LayerCallback, check_drop_prob
 from lightning_dropcluster.callbacks.progress_bar import WaitingLine
-from lightning_dropcluster.callbacks.ramps import default_ramp, make_ramp
+from lightning_dropcluster.callbacks.ramps import make_ramp
 from lightning_dropcluster.callbacks.schedule import Schedule
-from lightning_dropcluster.checks import MAX_INT, check_bool, check_number
+from lightning_dropcluster.checks import check_bool, check_number
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, TorchKMeans
 from lightning_dropcluster.clustering.protocol import check_clusterer
 from lightning_dropcluster.layers.selection import Layers, LayerTypes
@@ -147,8 +147,7 @@ class DropCluster(LayerCallback):
     ) -> None:
         drop_prob = check_drop_prob(drop_prob)
         grouping = Grouping(scope, num_clusters, cluster_size, position_weight)
-        num_samples = check_number("num_samples", num_samples, 1, MAX_INT, integer=True)
-        sketch_dim = check_number("sketch_dim", sketch_dim, 1, MAX_INT, integer=True)
+        sketches = SketchSettings(scope, num_samples, sketch_dim, seed)
         sketch_momentum = check_number("sketch_momentum", sketch_momentum, 0, 1, high_open=True)
         if clusterer is not None:
             check_clusterer(clusterer)
@@ -156,9 +155,7 @@ class DropCluster(LayerCallback):
         make_drop = partial(ClusterDrop, per_sample=per_sample, fill=fill, rescale=rescale, paired=paired)
         make_drop(torch.zeros(1, 1).int())
         check_bool("log_pictures", log_pictures)
-        seed = check_number("seed", seed, 0, MAX_INT, integer=True)
-
-        ramp = make_ramp(default_ramp(drop_prob) if schedule is None else schedule)
+        ramp = make_ramp(schedule, drop_prob)
         super().__init__(
             layers,
             layer_types,
@@ -176,8 +173,8 @@ class DropCluster(LayerCallback):
             self._first_clusters = read_initial_labels(initial_labels, SCOPES[scope])
         self._layers = ClusterLearner(
             grouping,
-            clusterer if clusterer is not None else _default_clusterer(seed),
-            SketchSettings(scope, num_samples, sketch_dim, seed),
+            clusterer if clusterer is not None else _default_clusterer(sketches.seed),
+            sketches,
             sketch_momentum=sketch_momentum,
             make_drop=make_drop,
         )

@@ -40,13 +40,10 @@ def constant(fraction: float) -> float:
 RAMPS: dict[str, Ramp] = {"linear": linear, "cosine": cosine, "constant": constant}
 
 
-def default_ramp(drop_prob: object) -> str:
-    """Name the ramp where none is given: a drop probability that follows a loss needs none."""
-    return "constant" if drop_prob == "auto" else "linear"
-
-
-def make_ramp(schedule: str | Ramp) -> Ramp:
-    """Return the function of a name, or check the function given."""
+def make_ramp(schedule: str | Ramp | None, drop_prob: object = None) -> Ramp:
+    """Return the function of a name, or check the function given; ``None`` is for the usual ramp."""
+    if schedule is None:  # a drop probability that follows a loss needs none
+        schedule = "constant" if drop_prob == "auto" else "linear"
     if isinstance(schedule, str):
         if schedule not in RAMPS:
             raise ValueError(f"schedule={schedule!r}: must be a callable or one of {', '.join(RAMPS)}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from lightning_dropcluster.callbacks.base import LayerCallback, check_drop_prob
-from lightning_dropcluster.callbacks.ramps import constant, default_ramp, make_ramp
+from lightning_dropcluster.callbacks.ramps import constant, make_ramp
 from lightning_dropcluster.callbacks.schedule import Schedule
 from lightning_dropcluster.checks import check_choice
 from lightning_dropcluster.layers.selection import Layers, LayerTypes
@@ -92,7 +92,7 @@ class StructuredDropout(LayerCallback):
             )
         drop_prob = None if drop_prob is None else check_drop_prob(drop_prob)
         source = REGULARIZERS[regularizer] if isinstance(regularizer, str) else regularizer
-        ramp = make_ramp(default_ramp(drop_prob) if schedule is None else schedule)
+        ramp = make_ramp(schedule, drop_prob)
         super().__init__(
             layers,
             layer_types,
@@ -106,7 +106,7 @@ class StructuredDropout(LayerCallback):
         self.regularizer, self.schedule = regularizer, schedule
         if isinstance(source, nn.Module | type):
             self._check_settings(source)
-        self._layers = RegularizedLayers(source, None if drop_prob is None else self._full_drop_prob)
+        self._layers = RegularizedLayers(source, drop_prob)
 
     @property
     def regularizers(self) -> dict[str, nn.Module]:

@@ -37,14 +37,14 @@ def main(args: Sequence[str] | None = None) -> None:
     about = "See what DropCluster would work on, and what it learned."
     parser = Parser(prog=_PROG, description=about, version=version("lightning-dropcluster"))
     commands = parser.add_subcommands(dest="command")
-    for name, (run, add_arguments) in _COMMANDS.items():
-        sub = Parser(description=_first_line(run))
+    for name, (command, add_arguments) in _COMMANDS.items():
+        sub = Parser(description=_first_line(command))
         add_arguments(sub)
-        commands.add_subcommand(name, sub, help=_first_line(run))
+        commands.add_subcommand(name, sub, help=_first_line(command))
     parsed = parser.parse_args([_with_underscores(word) for word in (sys.argv[1:] if args is None else args)])
-    run, _ = _COMMANDS[parsed.command]
+    command, _ = _COMMANDS[parsed.command]
     try:
-        run(**parsed[parsed.command].as_dict())
+        command(**parsed[parsed.command].as_dict())
     except ImportError as error:
         raise SystemExit(str(error)) from error
     except (ValueError, OSError) as error:
@@ -96,20 +96,19 @@ def list_layers(
         ValueError: if there is no such model, or an argument does not fit it.
     """
     from lightning_dropcluster.cli.models import show_layers
-    from lightning_dropcluster.layers.channels import check_channel_dim
 
-    check_channel_dim(channel_dim)
-
-    settings = {"num_clusters": num_clusters, "cluster_size": cluster_size, "scope": scope}
-    settings |= {"num_samples": num_samples, "sketch_dim": sketch_dim}
     show_layers(
         model,
         match,
         parse_size(input),
         any_layer=any_layer,
         show_all=show_all,
+        num_clusters=num_clusters,
+        cluster_size=cluster_size,
+        scope=scope,
+        num_samples=num_samples,
+        sketch_dim=sketch_dim,
         channel_dim=channel_dim,
-        settings=settings,
     )
 
 

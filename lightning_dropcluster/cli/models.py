@@ -23,12 +23,14 @@ def show_layers(
     any_layer: bool,
     show_all: bool,
     channel_dim: int,
-    settings: dict[str, Any],
+    **settings: Any,
 ) -> None:
-    """Print a model's conv layers and what patterns pick."""
+    """Print a model's conv layers and what patterns pick; the settings are those of `preview`."""
     if any_layer and match is None:
         raise ValueError("--any-layer: needs --match, or every module would be picked")
-    kinds = nn.Module if any_layer else CONV_LAYERS if match is None else None
+    kinds = nn.Module if any_layer else None
+    if match is None:
+        kinds = CONV_LAYERS
     pick = partial(select_layers, layers=match or "**", layer_types=kinds, channel_dim=channel_dim)
     network, found = _look(name, shape, pick, settings | {"channel_dim": channel_dim})
     picked = None if match is None else set(pick(network))

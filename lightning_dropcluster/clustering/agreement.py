@@ -40,10 +40,8 @@ def _score(now: int, before: int, both: int, total: int) -> float:
 
 
 def _sample(labels: Tensor, max_problems: int, max_items: int) -> Tensor:
-    rows, items = (
-        _evenly(length, most, labels.device)
-        for length, most in zip(labels.shape, (max_problems, max_items), strict=True)
-    )
+    rows = _evenly(labels.shape[0], max_problems, labels.device)
+    items = _evenly(labels.shape[1], max_items, labels.device)
     return labels[rows[:, None], items].long()
 
 

@@ -38,17 +38,7 @@ class FaissKMeans(FaissLloyd):
         init_labels: Tensor | None = None,
         grid: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """Group the items of B independent problems; see `Clusterer.fit`.
-
-        Args:
-            profiles: (B, F, D) float32, every value finite.
-            num_clusters: K.
-            init_labels: (B, F) for a warm start: the first centroids are the means of these clusters.
-            grid: whose tiles a cold start takes.
-
-        Returns:
-            int64 labels (B, F) on the profiles' device.
-        """
+        """Group the items of B independent problems, every value finite; see `TorchKMeans.fit`."""
         if profiles.is_cuda and faiss.get_num_gpus() > 0:
             return super().fit(profiles, num_clusters, init_labels, grid)
         start, max_iter = self._start(profiles, num_clusters, init_labels, grid)

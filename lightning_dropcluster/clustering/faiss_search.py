@@ -30,10 +30,8 @@ def search_nearest(points: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
     A few more columns spell the number of each problem: they keep the centroids of other problems further
     away than any of its own can be.
     """
-    (items, clusters), radius = (
-        (points.shape[1], means.shape[1]),
-        torch.linalg.vector_norm(points, dim=2).max(),
-    )
+    items, clusters = points.shape[1], means.shape[1]
+    radius = torch.linalg.vector_norm(points, dim=2).max()
     together = max(1, min(_CENTROIDS // clusters, _POINTS // items, len(points)))
     codes = _codes(together, points.shape[2], points.device) * (1.1 * radius)
     found = []

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_dropcluster.checks import MAX_INT, check_number
+from lightning_dropcluster.checks import check_channel_dim
 from lightning_dropcluster.inspection.channels import trace_channels
 from lightning_dropcluster.inspection.suggestions import (
     suggest_last_patterns,
@@ -17,10 +17,10 @@ from lightning_dropcluster.inspection.suggestions import (
     suggest_stages,
 )
 from lightning_dropcluster.inspection.tracing import Call
-from lightning_dropcluster.layers.channels import Layout, check_channel_dim, find_layouts, misreading
+from lightning_dropcluster.layers.channels import Layout, find_layouts, misreading
 from lightning_dropcluster.layers.selection import CONV_LAYERS, Layers, LayerTypes, select_layers
 from lightning_dropcluster.learning.scopes import SCOPES, Grouping, Shape
-from lightning_dropcluster.learning.sketch import Sketch
+from lightning_dropcluster.learning.sketch import SketchSettings
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,7 @@ def preview(
         1 layer                      8,192       512  2.2 MB
     """
     grouping = Grouping(scope, num_clusters, cluster_size)
-    sizes = {
-        "num_samples": check_number("num_samples", num_samples, 1, MAX_INT, integer=True),
-        "sketch_dim": check_number("sketch_dim", sketch_dim, 1, MAX_INT, integer=True),
-    }
+    sketches = SketchSettings(scope, num_samples, sketch_dim)
     picked = _select(module, layers, layer_types, check_channel_dim(channel_dim))
     calls = trace_channels(module, picked, example_input)
     first = {name: Call(name, layer, None, "") for name, layer in picked.items()}
@@ -177,7 +174,7 @@ def preview(
         if call.name in first and first[call.name].shape is None:
             first[call.name] = call
     layouts = find_layouts(module, picked, None if layers is None else channel_dim)
-    found = tuple(_describe(call, layouts[call.name], grouping, sizes) for call in first.values())
+    found = tuple(_describe(call, layouts[call.name], grouping, sketches) for call in first.values())
     if misread := misread_warning([layer.name for layer in found if layer.is_misread], channel_dim):
         warnings.warn(misread, stacklevel=2)
     stages = suggest_stages(calls)
@@ -225,7 +222,7 @@ def _select(
         return select_layers(module, "**", layer_types or CONV_LAYERS)
 
 
-def _describe(call: Call, layout: Layout, grouping: Grouping, sizes: Mapping[str, Any]) -> LayerPreview:
+def _describe(call: Call, layout: Layout, grouping: Grouping, sketches: SketchSettings) -> LayerPreview:
     kind = type(call.module).__name__
     if call.shape is None:
         return LayerPreview(call.name, kind, None, output_type=call.output_type)
@@ -233,7 +230,7 @@ def _describe(call: Call, layout: Layout, grouping: Grouping, sizes: Mapping[str
     used = 1 if isinstance(call.module, CONV_LAYERS) else layout.channel_dim
     output = torch.empty(1, *call.shape, device="meta")
     shape = tuple(replace(layout, channel_dim=used).split(output)[0].shape[1:])
-    sketch = Sketch(shape, scope=grouping.scope, device=torch.device("meta"), **sizes)
+    sketch = sketches.make(shape, 0, torch.device("meta"))
     return LayerPreview(
         call.name,
         kind,

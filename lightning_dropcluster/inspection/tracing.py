@@ -110,8 +110,8 @@ def _call_on_copied_buffers(module: nn.Module, args: tuple[Any, ...], kwargs: di
 
 def _convs(module: nn.Module) -> dict[str, nn.Module]:
     try:
-        return select_layers(module, "**")
-    except ValueError:  # no conv layer at all: the pattern was for other types
+        return select_layers(module, "**", CONV_LAYERS)
+    except ValueError:  # there is none
         return {}
 
 

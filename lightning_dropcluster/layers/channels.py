@@ -97,13 +97,6 @@ def misreading(channel_dim: int) -> tuple[str, str]:
     return ("last", "give channel_dim=-1") if channel_dim == 1 else ("first", "leave it out")
 
 
-def check_channel_dim(channel_dim: Any) -> int:
-    """Return 1 or -1; anything else is an error."""
-    if type(channel_dim) is not int or channel_dim not in (1, -1):
-        raise ValueError(f"channel_dim={channel_dim!r}: must be 1 or -1")
-    return channel_dim
-
-
 def find_layouts(
     root: nn.Module, layers: Mapping[str, nn.Module], channel_dim: int | None
 ) -> dict[str, Layout]:

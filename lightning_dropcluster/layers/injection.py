@@ -90,6 +90,31 @@ class Injection:
         self.detach()
 
 
+class HookedLayers:
+    """The layers that a callback has hooked; none before it attaches and after it has let go."""
+
+    def __init__(self) -> None:
+        self._injection = Injection({}, {})
+
+    @property
+    def hooks(self) -> dict[str, LayerHook]:
+        """The hook of each layer."""
+        return self._injection.hooks
+
+    def detach(self) -> None:
+        """Take every hook off; nothing happens where that is done."""
+        self._injection.detach()
+        self._injection = Injection({}, {})
+
+    def pause(self) -> None:
+        """Drop nothing until the next step begins."""
+        self._injection.pause()
+
+    def never_ran(self) -> list[str]:
+        """Name the layers in training mode that have not run since they were hooked."""
+        return self._injection.never_ran()
+
+
 def unused_layers_error(names: list[str]) -> RuntimeError | None:
     """Return an error that names layers which never ran in training, ``None`` where there are none."""
     if not names:

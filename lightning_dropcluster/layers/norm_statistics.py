@@ -85,7 +85,8 @@ class NormStatistics:
 
     def end_step(self) -> None:
         """Count a step that dropped; its passes have ended."""
-        self.left_out += self._is_open and self._drops
+        if self._is_open and self._drops:
+            self.left_out += 1
         self._is_open = False
 
     def cancel_step(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_dropcluster.checks import describe
+from lightning_dropcluster.checks import check_channel_dim, describe
 from lightning_dropcluster.layers.patterns import compile_pattern, matching_names, nearest_names
 from lightning_dropcluster.layers.stages import default_layers
 from lightning_dropcluster.layers.wrappers import CONV_LAYERS, adapted_layer, has_forward, name_modules
@@ -68,10 +68,11 @@ def select_layers(
         ['model.stem']
     """
     _check_module("root", root)
+    check_channel_dim(channel_dim)
     names = name_modules(root)
     if layers is None:
         return {name: names[name] for name in default_layers(root)}
-    patterns, types = check_patterns(layers), None if layer_types is None else check_layer_types(layer_types)
+    patterns, types = check_patterns(layers), check_layer_types(layer_types)
     picked = {name for pattern in patterns for name in _pick(names, pattern, types, channel_dim)}
     unique: dict[int, str] = {}
     for name in names:
@@ -115,13 +116,13 @@ def check_patterns(layers: Layers) -> list[Pattern]:
     return patterns  # pyright: ignore[reportReturnType]
 
 
-def check_layer_types(layer_types: LayerTypes | None) -> tuple[type[nn.Module], ...]:
-    """Return the layer types as a tuple that ``isinstance`` takes."""
+def check_layer_types(layer_types: LayerTypes | None) -> tuple[type[nn.Module], ...] | None:
+    """Return the layer types as a tuple that ``isinstance`` takes; ``None`` leaves them to the pattern."""
     if layer_types is None:
-        return CONV_LAYERS
+        return None
     types = tuple(layer_types) if _is_sequence(layer_types) else (layer_types,)
     if not types:
-        raise ValueError(f"layer_types={layer_types!r}: give at least one type, or None for conv layers")
+        raise ValueError(f"layer_types={layer_types!r}: give at least one type, or leave it out")
     for entry in types:
         if not (isinstance(entry, type) and issubclass(entry, nn.Module)):
             raise TypeError(f"layer_types={layer_types!r}: {entry!r} is no subclass of torch.nn.Module")
@@ -159,7 +160,9 @@ def _pick(
     found = [] if last else _search(names, pattern, types or CONV_LAYERS)
     if not found and types is None and (last or isinstance(pattern, str)):
         found = _search(_nameable(names, channel_dim), pattern, (nn.Module,))
-        for outer, inner in ((o, n) for o in found for n in found if n.startswith(f"{o}.")):
+        nested = [(outer, inner) for outer in found for inner in found if inner.startswith(f"{outer}.")]
+        if nested:
+            outer, inner = nested[0]
             raise ValueError(
                 f"layers={pattern!r} matches {'' if last else 'no conv layer, and '}modules inside one "
                 f"another, such as {inner} in {outer}; name those whose output you mean"
@@ -230,9 +233,11 @@ def _explain_no_match(
     ]
     others = matching_names(names, pattern) if isinstance(pattern, str) else []
     called = _names_of_types([*allowed, *(type(names[name]) for name in others)])
-    kind = (
-        "conv " if allowed == CONV_LAYERS else "" if may_name else "/".join(called[k] for k in allowed) + " "
-    )
+    kind = "/".join(called[k] for k in allowed) + " "
+    if allowed == CONV_LAYERS:
+        kind = "conv "
+    elif may_name:
+        kind = ""
     if others:
         kinds = ", ".join(f"{name} ({called[type(names[name])]})" for name in others[:3])
         gives = f" that gives {'maps' if channel_dim == 1 else 'channels last'}" * may_name
@@ -245,10 +250,13 @@ def _explain_no_match(
         head += f"; for other layers {_WIDEN}"
     else:
         head = f"layers={pattern!r} matches no layer"
-    nearest = (
-        "nearest" if may_name else "nearest modules" if types == (nn.Module,) else f"nearest {kind}layers"
-    )
-    return f"{head}; {nearest}: {', '.join(nearest_names(str(pattern), candidates)) or 'none'}"
+    nearest = f"nearest {kind}layers"
+    if may_name:
+        nearest = "nearest"
+    elif types == (nn.Module,):
+        nearest = "nearest modules"
+    near = nearest_names(pattern, candidates) if isinstance(pattern, str) else candidates[:5]
+    return f"{head}; {nearest}: {', '.join(near) or 'none'}"
 
 
 def _names_of_types(types: Iterable[type]) -> dict[type, str]:

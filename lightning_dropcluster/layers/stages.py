@@ -47,8 +47,8 @@ class _Defined:
     ends_stage: bool
 
 
-def default_layers(root: nn.Module) -> dict[str, int]:
-    """Name the outputs of all stages but the last of the one timm model inside, with their channels."""
+def default_layers(root: nn.Module) -> list[str]:
+    """Name the outputs of all stages but the last of the one timm model inside."""
     models = _timm_models(root)
     if len(models) != 1:
         found = f"there are {len(models)} ({', '.join(models)})" if models else "there is none"
@@ -56,13 +56,14 @@ def default_layers(root: nn.Module) -> dict[str, int]:
             f"layers=None: takes the stages of the one timm model inside {type(root).__name__}, as its "
             f"feature_info names them, but {found}; {_say_which(root, list(models))}"
         )
-    ends, stages = stage_ends(root), _stages_before_last(root, *models)
+    ((name, model),) = models.items()
+    stages = _stages_before_last(root, name)
     if not stages:
         raise ValueError(
-            f"layers=None: {type(next(iter(models.values()))).__name__} tells no stages whose outputs could "
-            f"be taken; {_say_which(root, [])}"
+            f"layers=None: {type(model).__name__} tells no stages whose outputs could be taken; "
+            f"{_say_which(root, [])}"
         )
-    return {name: ends[name] for name in stages}
+    return stages
 
 
 def stage_ends(root: nn.Module) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """What wraps a model or a layer: users write the names of the model they know."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -20,7 +21,24 @@ LEARNED_CHILD = "structured_dropout"
 
 
 class LearnedChild(nn.Module):
-    """Holds a learned regulariser inside its layer; it is no layer of the model itself."""
+    """Holds a regulariser where optimiser, device and strategy find it, and the model's state_dict does not.
+
+    So a checkpoint fits the model with and without it. It is no layer of the model, and nothing happens where
+    a Sequential calls it.
+    """
+
+    def __init__(self, regularizer: nn.Module) -> None:
+        super().__init__()
+        self.regularizer = regularizer
+        self.register_load_state_dict_post_hook(_miss_nothing)
+
+    def forward(self, x: Any) -> Any:
+        """Hand it on."""
+        return x
+
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        """Add nothing."""
+        return {} if destination is None else destination
 
 
 # Of torch.compile, FSDP, activation checkpointing and Opacus.
@@ -50,6 +68,10 @@ def adapted_layer(module: nn.Module) -> nn.Module:
             break
         module = inner
     return module
+
+
+def _miss_nothing(_module: nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [key for key in keys.missing_keys if LEARNED_CHILD not in key.split(".")]
 
 
 def _walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

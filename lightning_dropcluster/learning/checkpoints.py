@@ -92,8 +92,10 @@ def _open(path: str) -> BinaryIO:
     files, inside = url_to_fs(path)
     try:
         file = _open_in(files, inside)
-        # Over a network a file may not be seekable, and torch seeks.
-        return file if isinstance(files, LocalFileSystem) else io.BytesIO(_read_all(file))
+        if isinstance(files, LocalFileSystem):
+            return file
+        with file:  # over a network it may not be seekable, and torch seeks
+            return io.BytesIO(file.read())
     except FileNotFoundError as error:
         raise FileNotFoundError("No such file or directory") from error
     except (IsADirectoryError, PermissionError):
@@ -113,11 +115,6 @@ def _open_in(files: Any, path: str) -> BinaryIO:
             f"a folder without {_METADATA}, where a sharded checkpoint keeps what callbacks saved"
         )
     return files.open(f"{path}/{_METADATA}", "rb")
-
-
-def _read_all(file: BinaryIO) -> bytes:
-    with file:
-        return file.read()
 
 
 def _load(file: BinaryIO) -> Any:

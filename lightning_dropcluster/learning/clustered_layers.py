@@ -8,29 +8,24 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks
 
 from lightning_dropcluster import ranks
-from lightning_dropcluster.layers.hooks import LayerHook
-from lightning_dropcluster.layers.injection import Injection, forget_compiled_code
+from lightning_dropcluster.layers.injection import HookedLayers, Injection, forget_compiled_code
 from lightning_dropcluster.layers.selection import CONV_LAYERS, find_layers
 from lightning_dropcluster.learning.clusters import Clusters, check_channels
 from lightning_dropcluster.learning.scopes import SCOPES, Grouping, Shape
 from lightning_dropcluster.methods import ClusterDrop
 
 
-class ClusteredLayers:
+class ClusteredLayers(HookedLayers):
     """Hooked layers that drop their clusters.
 
     ``make_drop`` is `ClusterDrop` with the user's settings; how many clusters it has room for is said here.
+    The regulariser of a hook is such a module, or ``None`` before the first window.
     """
 
     def __init__(self, grouping: Grouping, make_drop: Callable[..., ClusterDrop]) -> None:
+        super().__init__()
         self._grouping, self._make_drop = grouping, make_drop
-        self._injection = Injection({}, {})
         self.device = torch.device("cpu")
-
-    @property
-    def hooks(self) -> dict[str, LayerHook]:
-        """The hook of each layer; its regulariser is a `ClusterDrop`, or ``None`` before the first window."""
-        return self._injection.hooks
 
     def attach(
         self, modules: Mapping[str, nn.Module], clusters: Mapping[str, Clusters], device: torch.device
@@ -41,19 +36,6 @@ class ClusteredLayers:
         self._injection.pause()
         self._injection.attach()
         return bound
-
-    def detach(self) -> None:
-        """Take every hook off; nothing happens where that is done."""
-        self._injection.detach()
-        self._injection = Injection({}, {})
-
-    def pause(self) -> None:
-        """Drop nothing until the next step begins."""
-        self._injection.pause()
-
-    def never_ran(self) -> list[str]:
-        """Name the layers in training mode that have not run since they were hooked."""
-        return self._injection.never_ran()
 
     def bind_all(self, clusters: Mapping[str, Clusters]) -> dict[str, Clusters]:
         """Bind clusters that came from outside to those layers that are hooked."""

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -234,16 +233,8 @@ class ClusterLearner:
         old = {name: self.clusters[name] for name in sketches if name in self.clusters}
         tables = {name: c.table for name, c in old.items() if c.shape == sketches[name].shape}
         with self.waiting as on_progress:
-            share = partial(
-                cluster_share,
-                sketches,
-                tables,
-                self.clusterer,
-                self.grouping,
-                self._running_profiles,
-                on_progress,
-            )
-            labels = recluster(share, self._layers.device)
+            settings = (self.clusterer, self.grouping, self._running_profiles, on_progress)
+            labels = recluster(lambda: cluster_share(sketches, tables, *settings), self._layers.device)
         self.phase = "idle"
         return {name: self._adopt(name, table, sketches[name].shape) for name, table in labels.items()}
 

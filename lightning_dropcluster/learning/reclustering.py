@@ -146,8 +146,6 @@ class _Block:
     def profiles(self, running_profiles: RunningProfiles) -> Tensor:
         """Return the profiles (B, F, D), blended with those of earlier windows."""
         profiles = self.sketch.profiles(self.mine)
-        if not running_profiles.momentum:
-            return profiles
         seen = int(self.sketch.count) * self.sketch.observations
         return running_profiles.blend(self.name, profiles, observations=seen, first=self.mine.start)
 

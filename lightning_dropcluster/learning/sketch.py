@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropcluster import ranks
+from lightning_dropcluster.checks import MAX_INT, check_number
 from lightning_dropcluster.learning.scopes import SCOPES, Shape
 
 _WORD = 0xFFFFFFFF
@@ -17,7 +18,7 @@ _TINY = torch.finfo(torch.float32).tiny
 _Number = TypeVar("_Number", int, Tensor)
 
 
-@dataclass(frozen=True)
+@dataclass
 class SketchSettings:
     """How sketches are made, whatever the layer and the window; the samples are those of all ranks."""
 
@@ -25,6 +26,10 @@ class SketchSettings:
     num_samples: int = 1024
     sketch_dim: int = 64
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_samples", 1), ("sketch_dim", 1), ("seed", 0)):
+            setattr(self, name, check_number(name, getattr(self, name), least, MAX_INT, integer=True))
 
     @property
     def num_samples_here(self) -> int:

@@ -3,8 +3,14 @@
 import torch
 from torch import Tensor
 
-from lightning_dropcluster.checks import check_bool, check_choice, check_integers, check_number
-from lightning_dropcluster.layers.channels import Layout, check_channel_dim
+from lightning_dropcluster.checks import (
+    check_bool,
+    check_channel_dim,
+    check_choice,
+    check_integers,
+    check_number,
+)
+from lightning_dropcluster.layers.channels import Layout
 from lightning_dropcluster.methods.base import DropRegularizer
 from lightning_dropcluster.methods.fills import FILLS, fill_dropped
 from lightning_dropcluster.methods.fused_drop import drop_fused, takes
@@ -232,7 +238,7 @@ class ClusterDrop(DropRegularizer):
         before = x.shape[1] - grid.numel()
         if x.ndim != 3 or len(grid) != 2 or before < 0:
             return Layout(self.channel_dim)
-        return Layout(self.channel_dim, None, True, before, tuple(grid))
+        return Layout(self.channel_dim, has_tokens=True, num_prefix_tokens=before, grid_size=tuple(grid))
 
     def _drop(self, x: Tensor) -> Tensor:
         if self.labels.ndim != x.ndim - 1 or len(self.labels) not in (1, x.shape[1]):

@@ -3,14 +3,13 @@
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_dropcluster import ranks
-from lightning_dropcluster.layers.hooks import LayerHook
-from lightning_dropcluster.layers.injection import Injection
+from lightning_dropcluster.layers.injection import HookedLayers, Injection
 from lightning_dropcluster.layers.wrappers import LEARNED_CHILD, LearnedChild
 from lightning_dropcluster.methods import Regularizer
 from lightning_dropcluster.methods.factory import (
@@ -23,19 +22,14 @@ from lightning_dropcluster.methods.factory import (
 )
 
 
-class RegularizedLayers:
+class RegularizedLayers(HookedLayers):
     """Everything that happens to the chosen layers; the callback only says when."""
 
-    def __init__(self, source: Source, drop_prob: float | None) -> None:
+    def __init__(self, source: Source, drop_prob: float | Literal["auto"] | None) -> None:
+        super().__init__()
         self.source, self.drop_prob = source, drop_prob
         self.regularizers: dict[str, nn.Module] = {}
         self._drop_probs: dict[str, float] = {}
-        self._injection = Injection({}, {})
-
-    @property
-    def hooks(self) -> dict[str, LayerHook]:
-        """The hook of each layer."""
-        return self._injection.hooks
 
     @property
     def have_drop_prob(self) -> bool:
@@ -57,7 +51,7 @@ class RegularizedLayers:
         for name, layer in modules.items():
             if is_learned(made[name]) and not self._is_registered(name, layer):
                 weight = next(layer.parameters(), torch.empty(0))
-                layer.add_module(LEARNED_CHILD, _Learned(made[name].to(weight.device)))
+                layer.add_module(LEARNED_CHILD, LearnedChild(made[name].to(weight.device)))
 
     def attach(self, modules: Mapping[str, nn.Module], device: torch.device) -> None:
         """Hook the layers; those whose regulariser was forgotten get a new one."""
@@ -81,11 +75,6 @@ class RegularizedLayers:
         self.pause()
         self._injection.attach()
 
-    def detach(self) -> None:
-        """Take every hook off; nothing happens where that is done."""
-        self._injection.detach()
-        self._injection = Injection({}, {})
-
     def forget(self, modules: Mapping[str, nn.Module]) -> None:
         """Forget the regularisers of an earlier training, but for those that are part of the model."""
         kept = [name for name, layer in modules.items() if self._is_registered(name, layer)]
@@ -105,14 +94,6 @@ class RegularizedLayers:
             hook.touches = would_act and is_clean and is_learned(regularizer)
         told = [used[name] for name in self._injection.hooks if not math.isnan(used[name])]
         return max(told, default=math.nan) if fraction > 0.0 else 0.0
-
-    def pause(self) -> None:
-        """Drop nothing until the next step begins."""
-        self._injection.pause()
-
-    def never_ran(self) -> list[str]:
-        """Name the layers in training mode that have not run since they were hooked."""
-        return self._injection.never_ran()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of the regularisers, which the model's own state_dict leaves out."""
@@ -135,7 +116,7 @@ class RegularizedLayers:
 
     def _is_registered(self, name: str, layer: nn.Module) -> bool:
         child = layer._modules.get(LEARNED_CHILD)
-        return isinstance(child, _Learned) and child.regularizer is self.regularizers.get(name)
+        return isinstance(child, LearnedChild) and child.regularizer is self.regularizers.get(name)
 
     def _copy_to_try(self, name: str) -> Any:
         """Copy a regulariser as it will be; ``None`` for learned ones, which act on no copy of a layer."""
@@ -157,6 +138,8 @@ class RegularizedLayers:
         regularizer = make_regularizer(self.source, layer, name)
         check_setting("drop_prob", self.drop_prob, regularizer)
         full = own_drop_prob(regularizer) if self.drop_prob is None else self.drop_prob
+        if isinstance(full, str):
+            full = 0.0  # "auto": each step brings its own
         if has_drop_prob(regularizer) and math.isnan(full):
             raise ValueError(
                 f"drop_prob=None: must be given, since {type(regularizer).__name__} has no such attribute"
@@ -165,37 +148,15 @@ class RegularizedLayers:
         return regularizer
 
 
-class _Learned(LearnedChild):
-    """Holds a regulariser where optimiser, device and strategy find it, and the model's state_dict does not.
-
-    So a checkpoint fits the model with and without it. Nothing happens where a Sequential calls it.
-    """
-
-    def __init__(self, regularizer: nn.Module) -> None:
-        super().__init__()
-        self.regularizer = regularizer
-        self.register_load_state_dict_post_hook(_miss_nothing)
-
-    def forward(self, x: Any) -> Any:
-        return x
-
-    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        return {} if destination is None else destination
-
-
-def _miss_nothing(_module: nn.Module, keys: Any) -> None:
-    keys.missing_keys[:] = [key for key in keys.missing_keys if LEARNED_CHILD not in key.split(".")]
-
-
 def unregister(model: nn.Module) -> None:
     """Take learned regularisers out of a model."""
     for module in list(model.modules()):
-        if isinstance(module._modules.get(LEARNED_CHILD), _Learned):
+        if isinstance(module._modules.get(LEARNED_CHILD), LearnedChild):
             del module._modules[LEARNED_CHILD]
 
 
 def _check_name_is_free(name: str, layer: nn.Module) -> None:
-    if hasattr(layer, LEARNED_CHILD) and not isinstance(layer._modules.get(LEARNED_CHILD), _Learned):
+    if hasattr(layer, LEARNED_CHILD) and not isinstance(layer._modules.get(LEARNED_CHILD), LearnedChild):
         raise ValueError(
             f"layers: {name!r} has an attribute {LEARNED_CHILD!r} of its own, the name under which a "
             "regulariser with parameters is put there; rename it"

@@ -45,7 +45,7 @@ class PictureLog:
             return
         if started - self._ended < _LEAST_PAUSE * self._took:
             return
-        drawable = [name for name, one in clusters.items() if 2 <= one.labels.ndim <= 4]
+        drawable = [name for name, one in clusters.items() if 2 <= len(one.shape) <= 4]
         for name in drawable[:_MOST_LAYERS]:
             picture = self._draw(name, clusters[name], last.get(name), trainer.current_epoch)
             for key, send in senders.items():

@@ -110,7 +110,7 @@ def test_an_unknown_name_lists_the_names():
         make_ramp("step")
 
 
-@pytest.mark.parametrize("schedule", [None, 0.5, ["linear"]])
+@pytest.mark.parametrize("schedule", [0.5, ["linear"]])
 def test_what_is_neither_name_nor_callable_is_a_type_error(schedule):
     with pytest.raises(TypeError, match=f"give a name or a callable, not {type(schedule).__name__}"):
         make_ramp(schedule)

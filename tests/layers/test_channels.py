@@ -7,7 +7,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from lightning_dropcluster import select_layers
-from lightning_dropcluster.layers.channels import Layout, check_channel_dim, find_layouts
+from lightning_dropcluster.layers.channels import Layout, find_layouts
 from lightning_dropcluster.layers.injection import Injection
 from lightning_dropcluster.methods import REGULARIZERS, ClusterDrop
 
@@ -76,7 +76,7 @@ def test_channels_known_to_be_elsewhere_are_a_named_error():
 @pytest.mark.parametrize("value", [0, 2, None, True, "last", -1.0])
 def test_other_dimensions_are_a_named_error(value):
     with pytest.raises(ValueError, match=r"channel_dim=.*: must be 1 or -1"):
-        check_channel_dim(value)
+        select_layers(nn.Sequential(nn.Conv2d(1, 1, 1)), "0", channel_dim=value)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from timm.models import SwinTransformer
 from torch import nn
 
 from lightning_dropcluster import DropCluster, StructuredDropout, preview, select_layers
-from lightning_dropcluster.layers.stages import default_layers
+from lightning_dropcluster.layers.stages import default_layers, stage_ends
 
 FAMILIES = {
     "resnet18": ["layer1", "layer2", "layer3"],
@@ -47,11 +47,12 @@ def on_meta(name: str, **options: bool) -> nn.Module:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family):
     model = on_meta(family)
-    names = default_layers(nn.ModuleDict({"model": model}))
-    assert list(names) == [f"model.{name}" for name in FAMILIES[family]]
+    root = nn.ModuleDict({"model": model})
+    names, channels = default_layers(root), stage_ends(root)
+    assert names == [f"model.{name}" for name in FAMILIES[family]]
     found = preview(model, None, model.default_cfg["input_size"])
     shapes = {f"model.{layer.name}": layer.shape for layer in found.layers}
-    assert {name: shape[0] for name, shape in shapes.items()} == names
+    assert {name: shape[0] for name, shape in shapes.items()} == {name: channels[name] for name in names}
     assert all(len(shape) == 3 and shape[1] * shape[2] > 1 for shape in shapes.values())
 
 
@@ -122,7 +123,7 @@ def test_with_two_models_there_are_the_stages_of_each_to_copy():
     [("vit_tiny_patch16_224", (2, 5, 8)), ("mixer_s16_224", (1, 3, 5)), ("convmixer_768_32", (7, 15, 23))],
 )
 def test_of_many_blocks_in_a_row_they_are_the_ends_of_quarters(family, blocks):
-    assert list(default_layers(on_meta(family))) == [f"blocks.{block}" for block in blocks]
+    assert default_layers(on_meta(family)) == [f"blocks.{block}" for block in blocks]
 
 
 @pytest.mark.parametrize("family", ["mvitv2_tiny", "xception41", "coat_lite_tiny"])
