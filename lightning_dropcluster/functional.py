@@ -5,7 +5,7 @@ from lightning_dropcluster.methods.cluster_drop import cluster_drop
 from lightning_dropcluster.methods.corr_drop import channel_corr_drop, corr_drop
 from lightning_dropcluster.methods.drop_block import drop_block, expected_drop_rate
 from lightning_dropcluster.methods.dropout import dropout, spatial_dropout
-from lightning_dropcluster.methods.label_tables import cluster_sizes, resize_labels
+from lightning_dropcluster.methods.dropping.label_tables import cluster_sizes, resize_labels
 from lightning_dropcluster.methods.masking import draw_keep_table, draw_uniform
 from lightning_dropcluster.methods.prob_drop_block import prob_drop_block
 from lightning_dropcluster.methods.r_block import disagreement, r_block_loss

@@ -27,7 +27,7 @@ from lightning_dropcluster.layers.selection import select_layers
 from lightning_dropcluster.learning.learner import ClusterLearner
 from lightning_dropcluster.learning.scopes import SCOPES, Grouping
 from lightning_dropcluster.learning.sketch import Sketch, SketchSettings
-from lightning_dropcluster.methods.fused_drop import drop_fused
+from lightning_dropcluster.methods.dropping.fused_drop import drop_fused
 
 SHAPE = (4, 6, 8)
 OPTIONS = {

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.common.record import provenance, write_line
 from lightning_dropcluster import ClusterDrop
-from lightning_dropcluster.methods import triton_ops
+from lightning_dropcluster.methods.dropping import triton_ops
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 WITHOUT_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "device")

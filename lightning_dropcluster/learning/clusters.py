@@ -10,7 +10,7 @@ from lightning_dropcluster.checks import check_integers, describe
 from lightning_dropcluster.layers.plain import as_plain
 from lightning_dropcluster.layers.selection import count_channels
 from lightning_dropcluster.learning.scopes import Scope, Shape
-from lightning_dropcluster.methods.label_tables import smallest_integer_type
+from lightning_dropcluster.methods.dropping.label_tables import smallest_integer_type
 
 
 @dataclass(frozen=True)

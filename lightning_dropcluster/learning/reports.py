@@ -7,7 +7,7 @@ from torch import Tensor
 from lightning_dropcluster.clustering import adjusted_rand_index
 from lightning_dropcluster.learning.clusters import Clusters
 from lightning_dropcluster.learning.scopes import SCOPES, Grouping, Shape
-from lightning_dropcluster.methods.label_tables import cluster_sizes
+from lightning_dropcluster.methods.dropping.label_tables import cluster_sizes
 
 Report = dict[str, float]
 """What one reclustering of one layer did, ready to be logged."""

@@ -12,17 +12,17 @@ from lightning_dropcluster.checks import (
 )
 from lightning_dropcluster.layers.channels import Layout
 from lightning_dropcluster.methods.base import DropRegularizer
-from lightning_dropcluster.methods.fills import FILLS, fill_dropped
-from lightning_dropcluster.methods.fused_drop import drop_fused, takes
-from lightning_dropcluster.methods.label_tables import (
+from lightning_dropcluster.methods.dropping.fills import FILLS, fill_dropped
+from lightning_dropcluster.methods.dropping.fused_drop import drop_fused, takes
+from lightning_dropcluster.methods.dropping.label_tables import (
     cluster_sizes,
     kept_ratio_of_clusters,
     resize_labels,
     smallest_integer_type,
 )
+from lightning_dropcluster.methods.dropping.memory_order import ClusterIndex, is_channels_last
+from lightning_dropcluster.methods.dropping.packed_drop import drop_drawn, packing_pays
 from lightning_dropcluster.methods.masking import draw_keep_table, expected_scale
-from lightning_dropcluster.methods.memory_order import ClusterIndex, is_channels_last
-from lightning_dropcluster.methods.packed_drop import drop_drawn, packing_pays
 
 RESCALES = ("batch", "expected")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_dropcluster.checks import check_choice
 from lightning_dropcluster.learning.scopes import SCOPES
-from lightning_dropcluster.methods.label_tables import cluster_sizes
+from lightning_dropcluster.methods.dropping.label_tables import cluster_sizes
 from lightning_dropcluster.visualization.panels import check_labels, headline, new_figure
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from lightning_dropcluster.functional import (
     draw_uniform,
 )
 from lightning_dropcluster.methods import ClusterDrop
-from lightning_dropcluster.methods.label_tables import smallest_integer_type
+from lightning_dropcluster.methods.dropping.label_tables import smallest_integer_type
 
 LABELS = torch.arange(2 * 6 * 6).reshape(2, 6, 6) % 7
 

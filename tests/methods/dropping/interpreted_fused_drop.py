@@ -6,7 +6,7 @@ from problems import FLOATS, SCOPES, make_problem
 
 from lightning_dropcluster import ClusterDrop
 from lightning_dropcluster.functional import cluster_drop, cluster_sizes
-from lightning_dropcluster.methods.fused_drop import drop_fused, takes
+from lightning_dropcluster.methods.dropping.fused_drop import drop_fused, takes
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 DROP_PROB = torch.tensor(0.3)

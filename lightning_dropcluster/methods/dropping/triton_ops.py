@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 from triton import language as tl
 
-from lightning_dropcluster.methods.memory_order import is_dense
-from lightning_dropcluster.methods.triton_kernels import (
+from lightning_dropcluster.methods.dropping.memory_order import is_dense
+from lightning_dropcluster.methods.dropping.triton_kernels import (
     drop_kernel,
     means_by_product_kernel,
     means_kernel,

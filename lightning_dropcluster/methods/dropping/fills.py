@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dropcluster.methods.cluster_means import fill_means, fill_means_opaquely, fill_means_whole
-from lightning_dropcluster.methods.label_tables import look_up
+from lightning_dropcluster.methods.dropping.cluster_means import (
+    fill_means,
+    fill_means_opaquely,
+    fill_means_whole,
+)
+from lightning_dropcluster.methods.dropping.label_tables import look_up
+from lightning_dropcluster.methods.dropping.memory_order import is_channels_last, number_clusters
+from lightning_dropcluster.methods.dropping.packed_drop import drop_packed, pack, packing_pays, to_marks
 from lightning_dropcluster.methods.masking import is_transformed
-from lightning_dropcluster.methods.memory_order import is_channels_last, number_clusters
-from lightning_dropcluster.methods.packed_drop import drop_packed, pack, packing_pays, to_marks
 
 FILLS = ("zero", "mean")
 

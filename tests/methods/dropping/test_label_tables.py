@@ -8,7 +8,7 @@ from problems import SPATIAL
 from torch.nn.functional import interpolate
 
 from lightning_dropcluster.functional import cluster_sizes, resize_labels
-from lightning_dropcluster.methods.label_tables import smallest_integer_type
+from lightning_dropcluster.methods.dropping.label_tables import smallest_integer_type
 
 
 @given(st.integers(2, 24), st.integers(1, 40), st.integers(2, 12), st.integers(1, 12))

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from lightning_dropcluster.methods.dropping.memory_order import is_dense
 from lightning_dropcluster.methods.masking import is_transformed
-from lightning_dropcluster.methods.memory_order import is_dense
 
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton read it when it was imported
 _HAS_TRITON = find_spec("triton") is not None
@@ -36,7 +36,7 @@ def drop_fused(
     are integers. For backward the words and the labels are kept.
     """
     # Imported when used: with the compilers of torch it takes a second.
-    from lightning_dropcluster.methods.triton_ops import apply, pack
+    from lightning_dropcluster.methods.dropping.triton_ops import apply, pack
 
     if not torch.compiler.is_compiling() and _is_elsewhere(x.device):
         with torch.cuda.device(x.device):  # Triton starts kernels on the current one

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_dropcluster import ClusterDrop, DropCluster
 from lightning_dropcluster.functional import cluster_drop, cluster_sizes
-from lightning_dropcluster.methods.fused_drop import drop_fused, takes
+from lightning_dropcluster.methods.dropping.fused_drop import drop_fused, takes
 
 pytestmark = [
     pytest.mark.gpu,

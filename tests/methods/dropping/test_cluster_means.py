@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_dropcluster.functional import cluster_drop, resize_labels
-from lightning_dropcluster.methods import cluster_means
+from lightning_dropcluster.methods.dropping import cluster_means
 
 SCALES = st.floats(0.5, 4.0, width=32)
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lightning_dropcluster.methods.label_tables import look_up
-from lightning_dropcluster.methods.memory_order import is_channels_last
+from lightning_dropcluster.methods.dropping.label_tables import look_up
+from lightning_dropcluster.methods.dropping.memory_order import is_channels_last
 
 # Features that are worked on at once, and those of one sample among them. On a CPU what they need stays in
 # the cache; elsewhere few operations count, and memory on the way is bounded.

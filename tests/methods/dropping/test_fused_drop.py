@@ -39,7 +39,7 @@ TABLES = {"uniform": "*fp32", "prob": "*fp32", "sizes": "*i32", "words": "*i32",
 
 
 def kernels():
-    from lightning_dropcluster.methods import triton_kernels as made
+    from lightning_dropcluster.methods.dropping import triton_kernels as made
 
     by_product = {"SAMPLES": 64, "POSITIONS": 64, "CLUSTERS": 128}
     yield made.pack_kernel, {}, {"COUNT": True, "BLOCK": 512}

@@ -9,10 +9,15 @@ from problems import FLOATS
 from torch._subclasses import FakeTensorMode
 
 from lightning_dropcluster.functional import cluster_drop, draw_keep_table, draw_uniform
-from lightning_dropcluster.methods import ClusterDrop, packed_drop
-from lightning_dropcluster.methods.label_tables import kept_ratio_of_clusters
-from lightning_dropcluster.methods.memory_order import ClusterIndex, is_channels_last, number_clusters
-from lightning_dropcluster.methods.packed_drop import (
+from lightning_dropcluster.methods import ClusterDrop
+from lightning_dropcluster.methods.dropping import packed_drop
+from lightning_dropcluster.methods.dropping.label_tables import kept_ratio_of_clusters
+from lightning_dropcluster.methods.dropping.memory_order import (
+    ClusterIndex,
+    is_channels_last,
+    number_clusters,
+)
+from lightning_dropcluster.methods.dropping.packed_drop import (
     drop_packed,
     kept_ratio_of_marks,
     pack,

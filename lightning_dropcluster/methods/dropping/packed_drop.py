@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dropcluster.methods.dropping.memory_order import is_dense
 from lightning_dropcluster.methods.masking import expected_scale, is_transformed
-from lightning_dropcluster.methods.memory_order import is_dense
 
 _SLICE = 2**20  # features whose mask stays in the cache
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of the floats that they mask
