@@ -113,28 +113,28 @@ class NormStatistics:
         moved = ranks.average_over_ranks(torch.lerp(old, new, self._factors(old != new).to(old.dtype)))
         targets = [target for _, target in pairs]
         parts = moved.split([target.numel() for target in targets])
-        for target, part in zip(targets, parts, strict=True):
-            target.data.copy_(part.view_as(target))
+        _copy([part.view_as(target) for target, part in zip(targets, parts, strict=True)], targets)
 
     def _factors(self, has_moved: Tensor) -> Tensor:
         """How much farther each value of each average is to go; 1 where all steps weigh alike.
 
         InstanceNorm and others do not count their runs: where they have moved, it was one.
         """
-        before, device, counted, runs, sizes = iter(self._before), has_moved.device, [], [], []
+        before, device, counts_before, counts, sizes = iter(self._before), has_moved.device, [], [], []
+        zero = torch.zeros((), dtype=torch.int64, device=device)
         for norm in self._moving:
             old, new = {name: next(before) for name in _averages(norm)}, _averages(norm)
-            zero = torch.zeros((), dtype=torch.int64, device=device)
-            counted.append(old.get(_COUNT, zero).to(device))
-            runs.append(new.get(_COUNT, zero).to(device) - counted[-1])
+            counts_before.append(old.get(_COUNT, zero).to(device))
+            counts.append(new.get(_COUNT, zero).to(device))
             sizes.append(sum(value.numel() for value in new.values() if value.is_floating_point()))
+        counted = torch.stack(counts_before)
         momenta = [getattr(norm, "momentum", None) or math.nan for norm in self._moving]
         momentum, repeats = (
             torch.tensor(values, dtype=kind).to(device, non_blocking=True)  # the host goes on
             for values, kind in ((momenta, torch.float32), (sizes, torch.int64))
         )
-        share = (1.0 / (momentum * torch.stack(counted))).clamp(0.5, 1.0)
-        each = torch.stack([momentum, share, torch.stack(runs)])
+        share = (1.0 / (momentum * counted)).clamp(0.5, 1.0)
+        each = torch.stack([momentum, share, torch.stack(counts) - counted])
         momentum, share, run = each.repeat_interleave(repeats, dim=1, output_size=len(has_moved))
         kept = (1.0 - momentum) ** torch.maximum(run, has_moved.float())
         return ((1.0 - kept ** (1.0 + share * self.left_out)) / (1.0 - kept)).nan_to_num(1.0)

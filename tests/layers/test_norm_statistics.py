@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import BatchNormAct2d, EvoNorm2dB0, FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import FrozenBatchNorm2d
 
 from lightning_dropcluster.layers.norm_statistics import CLEAN_EVERY, NormStatistics, is_clean_step
@@ -244,3 +245,28 @@ def test_a_layer_that_gets_its_size_in_a_step_is_taken_from_the_next_on():
     before = averages(norm)
     step(statistics, norm, torch.randn(8, 3, 4, 4), drops=True)
     assert all(torch.equal(value, before[key]) for key, value in averages(norm).items())
+
+
+class Work(TorchDispatchMode):
+    """Counts operations that write something, each a launch or more on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_many_layers_take_as_few_operations_as_one(drops):
+    counts = []
+    for layers in (1, 20):
+        norms, statistics = nn.Sequential(*(nn.BatchNorm2d(3) for _ in range(layers))), NormStatistics()
+        statistics.attach(norms)
+        step(statistics, norms, torch.randn(8, 3, 4, 4), drops=True)
+        statistics.begin_step(drops)
+        norms(torch.randn(8, 3, 4, 4))
+        with Work() as work:
+            statistics.end_pass()
+        counts.append(work.count)
+    assert counts[0] == counts[1] < 30
