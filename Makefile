@@ -27,6 +27,9 @@ help: ## Show this list
 demo: .venv/.installed ## Train a timm model on handwritten digits with the callback and draw its clusters
 	$(BIN)/python -m benchmarks.demo $(DEMO_ARGS)
 
+# Tests that need a GPU are for `make gpu-check`, and on a CPU all others have one result.
+test test-long: export CUDA_VISIBLE_DEVICES =
+
 .PHONY: test
 test: .venv/.installed ## Run all tests, with coverage; or those that PYTEST_ARGS chooses
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \

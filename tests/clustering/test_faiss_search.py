@@ -51,7 +51,7 @@ def test_labels_are_those_of_one_problem_after_the_other(monkeypatch, shape, dev
     profiles = make_profiles(problems, items, 64).to(device)
     profiles[1, ::5] = 0
     profiles[2] = 0
-    least = 1.0 if device == "cpu" else 0.999  # a GPU adds up products of another width in another order
+    least = 1.0 if device == "cpu" else 0.99  # a GPU adds up products of another width in another order
     cold = FaissLloyd().fit(profiles, clusters, None, (items,))
     alone = fit_alone(monkeypatch, profiles, clusters, None, (items,))
     assert (cold == alone).float().mean() >= least
@@ -214,6 +214,7 @@ def test_searches_go_on_after_faisss_allocator_has_failed(monkeypatch):
                 hog.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
             except torch.OutOfMemoryError:
                 size //= 2
+        hog.pop()  # into torch's own cache, where FAISS finds nothing
         with pytest.raises((RuntimeError, MemoryError)) as caught:
             search_nearest(points, means)
         assert memory.is_out_of_memory(caught.value)
