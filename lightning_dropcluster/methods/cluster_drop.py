@@ -13,7 +13,7 @@ from lightning_dropcluster.checks import (
 from lightning_dropcluster.layers.channels import Layout
 from lightning_dropcluster.methods.base import DropRegularizer
 from lightning_dropcluster.methods.dropping.fills import FILLS, fill_dropped
-from lightning_dropcluster.methods.dropping.fused_drop import drop_fused, takes
+from lightning_dropcluster.methods.dropping.fused_drop import can_fuse, drop_fused
 from lightning_dropcluster.methods.dropping.label_tables import (
     cluster_sizes,
     kept_ratio_of_clusters,
@@ -247,7 +247,7 @@ class ClusterDrop(DropRegularizer):
             )
         shape = (len(x) if self.per_sample else 1, self._num_groups, self.num_clusters)
         by_batch, mean = self.fill == "zero" and self.rescale == "batch", self.fill == "mean"
-        if takes(x, self.labels, self.num_clusters, mean):
+        if can_fuse(x, self.labels, self.num_clusters, mean):
             uniform = self.draw(shape, device=x.device)
             fixed = (self.labels, self.sizes, uniform, self.drop_prob)
             return drop_fused(x, *fixed, by_batch=by_batch, mean=mean)

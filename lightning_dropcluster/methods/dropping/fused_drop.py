@@ -8,14 +8,14 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from lightning_dropcluster.methods.dropping.memory_order import is_dense
+from lightning_dropcluster.methods.dropping.memory_order import is_channels_last, is_dense
 from lightning_dropcluster.methods.masking import is_transformed
 
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton read it when it was imported
 _HAS_TRITON = find_spec("triton") is not None
 
 
-def takes(x: Tensor, labels: Tensor, clusters: int, mean: bool) -> bool:
+def can_fuse(x: Tensor, labels: Tensor, clusters: int, mean: bool) -> bool:
     """Whether `drop_fused` can treat an activation."""
     if not (x.is_cuda or _IS_INTERPRETED) or not _HAS_TRITON or not x.numel():
         return False
@@ -24,7 +24,7 @@ def takes(x: Tensor, labels: Tensor, clusters: int, mean: bool) -> bool:
     positions = x.shape[2:].numel()
     fits = labels.shape[1:] in (x.shape[2:], (1,) * (x.ndim - 2)) and x[0].numel() < 2**31
     # A table of means, of all clusters in each map, is to be small beside the activation.
-    return fits and is_dense(x) and (not mean or 4 * clusters <= positions)
+    return fits and (is_dense(x) or is_channels_last(x)) and (not mean or 4 * clusters <= positions)
 
 
 def drop_fused(
@@ -41,6 +41,8 @@ def drop_fused(
     if not torch.compiler.is_compiling() and _is_elsewhere(x.device):
         with torch.cuda.device(x.device):  # Triton starts kernels on the current one
             return drop_fused(x, labels, sizes, uniform, prob, by_batch=by_batch, mean=mean)
+    if not is_dense(x):  # tokens behind a class token: every sample has a gap before it
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     words, amount = pack(uniform, prob, sizes, x.shape[0], by_batch)
     return apply(x, labels, words, amount, uniform.shape[2], uniform.shape[1] > 1, by_batch, mean)
 

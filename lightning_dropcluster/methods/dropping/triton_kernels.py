@@ -55,6 +55,29 @@ def means_by_product_kernel(
 
 
 @triton.jit
+def means_of_positions_kernel(
+    x, labels, means, maps, positions, clusters, MAPS: tl.constexpr, POSITIONS: tl.constexpr,
+    CLUSTERS: tl.constexpr,
+):  # fmt: skip
+    """Write the means of clusters that all maps share, of a sample whose channels are last in memory."""
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * MAPS + tl.arange(0, MAPS)[None, :]
+    k = tl.program_id(2) * CLUSTERS + tl.arange(0, CLUSTERS)[:, None]
+    total = tl.zeros((CLUSTERS, MAPS), tl.float32)
+    size = tl.zeros((CLUSTERS, 1), tl.int32)
+    for start in range(0, positions, POSITIONS):
+        s = start + tl.arange(0, POSITIONS)
+        at = n * maps * positions + s[:, None] * maps + c
+        value = tl.load(x + at, mask=(s[:, None] < positions) & (c < maps), other=0.0)
+        label = tl.load(labels + s, mask=s < positions, other=0).to(tl.int32)
+        member = (label[None, :] == k) & (s[None, :] < positions)
+        total = tl.dot(member.to(value.dtype), value, total)
+        size += tl.sum(member.to(tl.int32), 1, keep_dims=True)
+    at = means + n * maps * clusters + k * maps + c
+    tl.store(at, total / tl.maximum(size, 1).to(tl.float32), mask=(k < clusters) & (c < maps))
+
+
+@triton.jit
 def means_kernel(
     x, labels, means, samples, maps, positions, clusters, label_map, label_position, step_map, step_position,
     mean_map, mean_cluster, MAPS: tl.constexpr, POSITIONS: tl.constexpr, CLUSTERS: tl.constexpr,

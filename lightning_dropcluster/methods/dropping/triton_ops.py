@@ -12,6 +12,7 @@ from lightning_dropcluster.methods.dropping.triton_kernels import (
     drop_kernel,
     means_by_product_kernel,
     means_kernel,
+    means_of_positions_kernel,
     pack_kernel,
 )
 
@@ -58,6 +59,11 @@ def _means(x: Tensor, labels: Tensor, clusters: int, label_map: int, label_posit
         tile = 16 if last else 1
         wrap_triton(means_kernel)[(samples, -(-maps // tile))](
             *fixed, MAPS=tile, POSITIONS=8 if last else 128, CLUSTERS=16
+        )
+    elif last and label_position and not label_map:
+        grid = samples, -(-maps // 64), -(-clusters // 64)
+        wrap_triton(means_of_positions_kernel)[grid](
+            x, labels, means, maps, positions, clusters, MAPS=64, POSITIONS=64, CLUSTERS=64
         )
     else:
         wrap_triton(means_by_product_kernel)[(-(-samples // 64), maps, -(-clusters // 128))](

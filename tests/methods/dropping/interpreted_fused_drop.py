@@ -6,7 +6,8 @@ from problems import FLOATS, SCOPES, make_problem
 
 from lightning_dropcluster import ClusterDrop
 from lightning_dropcluster.functional import cluster_drop, cluster_sizes
-from lightning_dropcluster.methods.dropping.fused_drop import drop_fused, takes
+from lightning_dropcluster.methods import cluster_drop as cluster_drop_module
+from lightning_dropcluster.methods.dropping.fused_drop import can_fuse, drop_fused
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 DROP_PROB = torch.tensor(0.3)
@@ -14,7 +15,7 @@ DROP_PROB = torch.tensor(0.3)
 
 def assert_equals_cluster_drop(x, labels, uniform, *, by_batch=True, mean=False):
     groups, clusters = uniform.shape[1:]
-    assert takes(x, labels, clusters, mean)
+    assert can_fuse(x, labels, clusters, mean)
     sizes = cluster_sizes(labels, groups, clusters)
     options = {"fill": "mean" if mean else "zero", "scale": None if by_batch else 1 / (1 - DROP_PROB)}
     grad, results = torch.randn_like(x), []
@@ -66,6 +67,36 @@ def test_means_of_half_precision_are_added_up_block_by_block(layout):
     x, labels, _ = make_problem(samples=66, channels=2, spatial=(25, 22), clusters=130)
     x = x.half().contiguous(memory_format=layout)
     assert_equals_cluster_drop(x, labels.short(), torch.rand(66, 2, 130), by_batch=False, mean=True)
+
+
+@pytest.mark.parametrize(("clusters", "channels"), [(6, 3), (130, 70)])
+def test_means_of_positions_are_added_up_along_the_channels(clusters, channels):
+    x, labels, _ = make_problem("position", 2, channels, (25, 22), clusters)
+    x = x.half().contiguous(memory_format=torch.channels_last)
+    assert_equals_cluster_drop(x, labels.short(), torch.rand(2, 1, clusters), by_batch=False, mean=True)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_tokens_behind_a_class_token_are_fused_too(monkeypatch, mean):
+    fused = []
+
+    def spy(x, *args, **options):
+        fused.append(x.shape)
+        return drop_fused(x, *args, **options)
+
+    monkeypatch.setattr(cluster_drop_module, "drop_fused", spy)
+    labels = torch.randint(3, (1, 4, 4))
+    drop = ClusterDrop(labels, 0.3, per_map=False, fill="mean" if mean else "zero", channel_dim=-1)
+    tokens, results = torch.randn(3, 17, 8), []
+    for run in (drop, lambda x: torch.func.vmap(drop, randomness="same")(x[None])[0]):  # which is not fused
+        torch.manual_seed(1)
+        leaf = tokens.clone().requires_grad_()
+        out = run(leaf)
+        out.square().sum().backward()
+        results.append((out.detach(), leaf.grad))
+    torch.testing.assert_close(*results)
+    assert torch.equal(results[0][0][:, 0], tokens[:, 0])
+    assert fused == [(3, 8, 4, 4)]
 
 
 @pytest.mark.parametrize("by_batch", [True, False])

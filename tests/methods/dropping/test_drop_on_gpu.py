@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_dropcluster import ClusterDrop, DropCluster
 from lightning_dropcluster.functional import cluster_drop, cluster_sizes
-from lightning_dropcluster.methods.dropping.fused_drop import drop_fused, takes
+from lightning_dropcluster.methods.dropping.fused_drop import can_fuse, drop_fused
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,7 +32,7 @@ def test_equals_the_cpu(dtype, layout, fill):
     there = x.detach().to(DEVICE).requires_grad_()
     sizes = cluster_sizes(labels, 20, 10).int()
     labels, sizes, uniform, drop_prob = (t.to(DEVICE) for t in (labels.byte(), sizes, uniform, drop_prob))
-    assert takes(there, labels, 10, mean)
+    assert can_fuse(there, labels, 10, mean)
     out = drop_fused(there, labels, sizes, uniform, drop_prob, by_batch=not mean, mean=mean)
     grad = torch.randn_like(x)
     expected.backward(grad)

@@ -48,6 +48,9 @@ def kernels():
         for kind, labels in (("bf16", "u8"), ("fp16", "i16")):
             types = {"x": f"*{kind}", "labels": f"*{labels}", "means": "*fp32"}
             yield made.means_by_product_kernel, types, {**by_product, **beside}
+        if last:
+            fixed = dict.fromkeys(("MAPS", "POSITIONS", "CLUSTERS"), 64)
+            yield made.means_of_positions_kernel, {"x": "*bf16", "labels": "*u8", "means": "*fp32"}, fixed
         wide = {"MAPS": 16 if last else 1, "POSITIONS": 8 if last else 128, "CLUSTERS": 16}
         yield made.means_kernel, {"x": "*fp32", "labels": "*u8", "means": "*fp64"}, {**wide, **beside}
         for kind, means in (("bf16", "fp32"), ("fp32", "fp64")):
