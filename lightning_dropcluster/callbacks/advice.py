@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from lightning_dropcluster.callbacks.training import is_trial
-from lightning_dropcluster.layers.injection import unused_layers_error
+from lightning_dropcluster.layers.troubles import unused_layers_error
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer

@@ -17,8 +17,6 @@ from lightning_dropcluster.callbacks.step_scope import StepScope, suspend
 from lightning_dropcluster.checks import check_bool, check_channel_dim, check_number, check_text
 from lightning_dropcluster.layers.channels import find_layouts
 from lightning_dropcluster.layers.hooks import LayerHook
-from lightning_dropcluster.layers.idle import idle_warnings
-from lightning_dropcluster.layers.injection import backward_hook_warning, unused_layers_error
 from lightning_dropcluster.layers.selection import (
     Layers,
     LayerTypes,
@@ -26,6 +24,7 @@ from lightning_dropcluster.layers.selection import (
     check_patterns,
     select_layers,
 )
+from lightning_dropcluster.layers.troubles import backward_hook_warning, idle_warnings, unused_layers_error
 from lightning_dropcluster.learning.state import check_clean_steps
 
 if TYPE_CHECKING:

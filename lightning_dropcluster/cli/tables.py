@@ -30,7 +30,9 @@ def print_layers(
 ) -> None:
     """Print a model's conv layers, what is picked, and patterns to copy."""
     screen = console()
-    chosen = found if picked is None else Preview(tuple(_those(found, picked)), {})
+    chosen = found
+    if picked is not None:
+        chosen = Preview(tuple(layer for layer in found.layers if layer.name in picked), {})
     screen.print(
         _table(f"{model} at {input_size}", found, chosen, marked=picked is not None, show_all=show_all)
     )
@@ -56,7 +58,7 @@ def _suggestions(found: Preview) -> Iterator[tuple[str, str]]:
 def _stages(found: Preview) -> str:
     """Write the stages; where some have their channels first and others last, they need no argument."""
     if len(set(found.stage_dims)) > 1:
-        return f"{', '.join(found.stages)}"
+        return ", ".join(found.stages)
     return _argument(found.stages, found.stage_dims[0])
 
 
@@ -102,10 +104,6 @@ def _rows(run: list[LayerPreview], *, is_picked: bool, show_all: bool) -> Iterat
         return
     for layer in run:
         yield layer.cells() if is_picked else (*layer.cells()[:4], "", "")
-
-
-def _those(found: Preview, names: Collection[str]) -> Iterator[LayerPreview]:
-    return (layer for layer in found.layers if layer.name in names)
 
 
 def _notes(chosen: Preview, scope: str, channel_dim: int) -> Iterator[str]:

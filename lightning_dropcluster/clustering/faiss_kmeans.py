@@ -57,7 +57,7 @@ class FaissKMeans(FaissLloyd):
         threads = torch.get_num_threads()
         workers = min(threads, len(points))
         # FAISS counts OpenMP threads per thread, so the pool's settings end with its threads.
-        set_threads = partial(faiss.omp_set_num_threads, max(1, threads // workers))
+        set_threads = partial(faiss.omp_set_num_threads, threads // workers)
         with ThreadPoolExecutor(workers, initializer=set_threads) as pool:
             # In a few parts: handing small problems over one by one takes as long as solving them.
             list(pool.map(fit_some, np.array_split(np.arange(len(points)), _PARTS * workers)))

@@ -143,7 +143,7 @@ def preview(
         num_clusters: as for `DropCluster`.
         cluster_size: as for `DropCluster`.
         scope: as for `DropCluster`.
-        num_samples: as for `DropCluster`.
+        num_samples: as for `DropCluster`; nothing shown depends on it.
         sketch_dim: as for `DropCluster`.
         channel_dim: as for `DropCluster`. A warning names layers that have their channels elsewhere, as far
             as timm or a second pass with larger images tells.

@@ -68,7 +68,7 @@ class LayerHook:
         if self.regularizer is None:
             return None
         if self.active:
-            return self.layout.join(self._regularize(features), prefix, output)
+            return self.layout.join(apply_plainly(self._regularize, features), prefix, output)
         if not torch.compiler.is_compiling() and self.trial is not None:
             self._try(features)
         return self._touch(output) if self.touches else None
@@ -121,9 +121,6 @@ class LayerHook:
             see(x, check)
 
     def _regularize(self, x: Tensor) -> Tensor:
-        return apply_plainly(self._regularize_plain, x)
-
-    def _regularize_plain(self, x: Tensor) -> Tensor:
         regularizer: Any = self.regularizer
         if not torch.compiler.is_compiling() and _device(regularizer) not in (None, x.device):
             regularizer.to(x.device)  # a model may be spread over devices, and be so after it was hooked

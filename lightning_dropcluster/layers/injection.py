@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as _globals
 from torch.utils.hooks import RemovableHandle
 
 from lightning_dropcluster.layers.copies import copy_as_usual, leave_hooks_out_of_copies
@@ -113,39 +112,6 @@ class HookedLayers:
     def never_ran(self) -> list[str]:
         """Name the layers in training mode that have not run since they were hooked."""
         return self._injection.never_ran()
-
-
-def unused_layers_error(names: list[str]) -> RuntimeError | None:
-    """Return an error that names layers which never ran in training, ``None`` where there are none."""
-    if not names:
-        return None
-    return RuntimeError(
-        f"layers: {', '.join(map(repr, names))} did not run in any training step so far; "
-        "choose layers whose forward the training step calls. A stage is not called where its blocks or "
-        "layers are called one by one: by gradient checkpointing in some of timm's models (ResNets among "
-        "them), by feature extractors and others that trace with torch.fx, by code that loops over its "
-        "children; pick the layers inside it. Leave out a model that training does not run, such as an "
-        "average of the weights, by naming the child that trains in the pattern"
-    )
-
-
-def backward_hook_warning(layers: Mapping[str, nn.Module]) -> str | None:
-    """Say which layers have parameters and backward hooks, which see the gradient behind what is dropped."""
-    every = bool(_globals._global_backward_hooks or _globals._global_backward_pre_hooks)
-    names = [
-        name
-        for name, layer in layers.items()
-        if (every or layer._backward_hooks or layer._backward_pre_hooks)
-        and next(layer.parameters(), None) is not None
-    ]
-    if not names:
-        return None
-    return (
-        f"layers {', '.join(names)} have backward hooks. torch hands these the gradient of what is left "
-        "after dropping, not that of the layer's own output, so per-sample gradients and the like that are "
-        "made from it are wrong. Drop behind the layer instead: pick the activation that follows it, for "
-        "example with layer_types=torch.nn.ReLU"
-    )
 
 
 def forget_compiled_code() -> None:

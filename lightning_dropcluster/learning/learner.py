@@ -12,7 +12,8 @@ from lightning_dropcluster import ranks
 from lightning_dropcluster.clustering import Clusterer
 from lightning_dropcluster.clustering.protocol import count_clusters
 from lightning_dropcluster.layers.hooks import LayerHook
-from lightning_dropcluster.layers.injection import Injection, unused_layers_error
+from lightning_dropcluster.layers.injection import Injection
+from lightning_dropcluster.layers.troubles import unused_layers_error
 from lightning_dropcluster.learning.clustered_layers import ClusteredLayers
 from lightning_dropcluster.learning.clusters import Clusters
 from lightning_dropcluster.learning.reclustering import OnProgress, cluster_share, recluster

@@ -30,7 +30,7 @@ def read_state(state: Any, scope: str, channel_dim: int = 1) -> dict[str, Cluste
     _check_shapes("shapes", state["shapes"])
     _check_shapes("resized_to", state.get("resized_to", {}))
     _check_window(state["window"])
-    _check_memory(state["memory"])
+    _check_running_profiles(state["memory"])
     return {
         str(name): clusters_from_state(entry, SCOPES[scope], str(name))
         for name, entry in state["clusters"].items()
@@ -104,7 +104,7 @@ def _check_passed(passed: Any, what: str) -> None:
         _check_count(what, count)
 
 
-def _check_memory(memory: Any) -> None:
+def _check_running_profiles(memory: Any) -> None:
     what = "state_dict['memory']"
     _require_mapping(what, memory)
     for name, profiles in memory.items():

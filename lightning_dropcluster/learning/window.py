@@ -141,17 +141,18 @@ class GatheringWindow:
         }
         if not missing:
             return
-        name = max(missing, key=lambda name: self.settings.num_bytes(missing[name]))
+        # To blame where all together do not fit.
+        failed = max(missing, key=lambda name: self.settings.num_bytes(missing[name]))
         try:
             # On a CPU the allocator would promise what is not there.
             check_available(sum(map(self.settings.num_bytes, missing.values())), self.device)
-            for name, shape in missing.items():
-                self.hooks[name].sketch = self._make(name, shape)
+            for failed, shape in missing.items():
+                self.hooks[failed].sketch = self._make(failed, shape)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             self.close()
-            self.hooks[name].gather_error = error.with_traceback(None)
+            self.hooks[failed].gather_error = error.with_traceback(None)
 
     def _make(self, name: str, shape: Shape) -> Sketch:
         return self.settings.make(shape, self.number, self.device, any_size=name in self.shapes)

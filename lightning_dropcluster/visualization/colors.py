@@ -18,6 +18,7 @@ _LAB = (
     (1.9779985, -2.4285922, 0.4505937),
     (0.0259040, 0.7827718, -0.8086758),
 )
+_GREEDY = 512  # points chosen farthest from all before; later ones are shuffled
 _MOST_MATCHED = 1024  # above this many clusters colours are taken in order: too many to tell apart anyhow
 
 
@@ -89,12 +90,12 @@ def _oklab(colors: Tensor) -> Tensor:
     return (linear @ torch.tensor(_LMS).T).pow(1 / 3) @ torch.tensor(_LAB).T
 
 
-def _farthest_first(points: Tensor, num_greedy: int = 512) -> Tensor:
-    """Order (P, 3) points so that each lies farthest from all before it; later ones are shuffled."""
+def _farthest_first(points: Tensor) -> Tensor:
+    """Order (P, 3) points so that each lies farthest from all before it, as far as `_GREEDY`."""
     rest = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
     chosen = [int(points[:, 2].argmin())]
     distance = torch.full((len(points),), torch.inf)
-    while len(chosen) < min(num_greedy, len(points)):
+    while len(chosen) < min(_GREEDY, len(points)):
         distance = distance.minimum((points - points[chosen[-1]]).square().sum(1))
         chosen.append(int(distance.argmax()))
     head = torch.tensor(chosen)

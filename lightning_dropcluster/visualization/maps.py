@@ -52,7 +52,7 @@ def plot_clusters(
         previous: the layer's labels before, of the same shape; the title tells how far the two agree.
         scope: what was grouped, as for `DropCluster`; agreement is measured accordingly.
         colors: (K, 3) colour of each label; give the same ones to pictures that follow each other in time.
-            `neighbor_colors` of these labels where it is ``None``.
+            `visualization.neighbor_colors` of these labels where it is ``None``.
         max_maps: at most this many of the first feature maps are drawn, at least 1.
         columns: panels per row, at least 1; None makes the figure about square.
 

@@ -42,7 +42,7 @@ def plot_overlay(
         image: (3, h, w), (1, h, w) or (h, w): an input of the model, of any range; it is scaled to the
             brightness of the picture.
         title: what the figure is called.
-        colors: (K, 3) colour of each label, `neighbor_colors` where it is ``None``.
+        colors: (K, 3) colour of each label, `visualization.neighbor_colors` where it is ``None``.
         max_maps: at most this many of the first feature maps are drawn, at least 1.
         alpha: how far the colours hide the image, in [0, 1].
 

@@ -113,7 +113,7 @@ def cluster_count(image: Tensor) -> str:
     return f"{count} cluster{'s' * (count != 1)}"
 
 
-def agreement(labels: Tensor, previous: Tensor, scope: str = "map") -> float:
+def agreement(labels: Tensor, previous: Tensor, scope: str) -> float:
     """Return the adjusted Rand index of two clusterings of a layer: 1 where equal, 0 by chance."""
     return adjusted_rand_index(*map(SCOPES[scope].problem_labels, (labels, previous)))
 

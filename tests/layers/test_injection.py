@@ -16,7 +16,8 @@ from torch.nn.modules.module import register_module_full_backward_hook
 from torch.nn.utils.parametrizations import spectral_norm
 
 from lightning_dropcluster.layers.channels import Layout
-from lightning_dropcluster.layers.injection import Injection, backward_hook_warning
+from lightning_dropcluster.layers.injection import Injection
+from lightning_dropcluster.layers.troubles import backward_hook_warning
 
 
 class Negate(nn.Module):
