@@ -24,8 +24,9 @@ class StructuredDropout(LayerCallback):
     """Apply a regulariser, any module x -> x, to the outputs of chosen layers while the model trains.
 
     Each layer gets its own regulariser. It acts only in training steps, from ``start`` on, and no hook stays
-    after ``fit``. If it has a method ``set_drop_prob(float)``, as those of `REGULARIZERS` with a drop
-    probability do, it follows the schedule.
+    after ``fit``. A copy is tried on the first batch, so that a shape that does not fit is an error at once.
+    If it has a method ``set_drop_prob(float)``, as those of `REGULARIZERS` with a drop probability do, it
+    follows the schedule.
 
     A regulariser with parameters is learned with the model. During ``fit`` it is a child of its layer,
     ``<layer>.structured_dropout``, where optimiser, device and strategy find it. Its parameters are saved in
