@@ -90,7 +90,8 @@ class RegularizedLayers(HookedLayers):
                 regularizer.set_drop_prob(used[name])
             would_act, hook.first_call = fraction > 0.0 and used[name] != 0.0, True
             hook.active = would_act and not is_clean
-            hook.trial = None if hook.active else hook.trial
+            if hook.active:
+                hook.trial = None
             hook.touches = would_act and is_clean and is_learned(regularizer)
         told = [used[name] for name in self._injection.hooks if not math.isnan(used[name])]
         return max(told, default=math.nan) if fraction > 0.0 else 0.0
@@ -119,7 +120,7 @@ class RegularizedLayers(HookedLayers):
         return isinstance(child, LearnedChild) and child.regularizer is self.regularizers.get(name)
 
     def _copy_to_try(self, name: str) -> Any:
-        """Copy a regulariser as it will be; ``None`` for learned ones, which act on no copy of a layer."""
+        """Copy a regulariser to try; ``None`` for learned ones, whose parameters a strategy may shard."""
         if is_learned(self.regularizers[name]):
             return None
         try:
