@@ -31,7 +31,7 @@ class Options:
         train_samples: training images; all by default.
         epochs: of each training.
         batch_size: images per step.
-        precision: see `train.py`.
+        precision: see `train.py`; times of bf16-mixed mean something where the processor has bfloat16.
         layers: what DropCluster drops in.
         every_n_epochs: epochs between two reclusterings.
         repeats: trainings of each case, the cases in turn.
@@ -45,7 +45,7 @@ class Options:
     train_samples: int | None = None
     epochs: int = 10
     batch_size: int = 128
-    precision: str = "bf16-mixed"
+    precision: str = "32-true"
     layers: str = "conv1"
     every_n_epochs: int = 5
     repeats: int = 3
