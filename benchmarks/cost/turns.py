@@ -23,7 +23,8 @@ from benchmarks.cost.timing import Took, clock, usual_device
 from lightning_dropcluster import DropCluster
 from lightning_dropcluster.layers.norm_statistics import is_clean_step
 
-WARM_UP = 10
+WARM_UP = 12
+AT_THE_END = 20  # steps that all keep averages clean
 CLASSES = 10
 
 
@@ -36,7 +37,7 @@ class Settings:
         layers: what to drop in.
         fill: what stands in for what is dropped.
         scope: what is clustered, see `DropCluster`.
-        pairs: of steps that are compared, one that drops and one that does not.
+        pairs: of steps that are compared, one that drops and one that does not; about as many.
         batch_size: images per step.
         size: of the images in pixels; by default 224 on a GPU and 96 elsewhere.
         precision: see Lightning's `Trainer`.
@@ -59,8 +60,8 @@ class Settings:
 
 
 def steps_of(settings: Settings) -> int:
-    """Count the steps of the training: pairs in which a step is to keep averages clean are left out."""
-    return WARM_UP + 2 * settings.pairs * 3 // 2
+    """Count the steps of the training: threes in which a step is to keep averages clean are left out."""
+    return WARM_UP + 3 * round(settings.pairs * 1.6) + AT_THE_END
 
 
 class Network(pl.LightningModule):
@@ -81,7 +82,10 @@ class Network(pl.LightningModule):
 
 
 class Turns(pl.Callback):
-    """Drops in one step of each pair, the first or the second by lot, and notes when each begins."""
+    """Drops in one of three steps, the first or the second by lot, and notes when each begins.
+
+    It is compared with the first or the third. The step right after it is not: before that averages catch up.
+    """
 
     def __init__(self, steps: int, device: torch.device) -> None:
         self.steps, self.device = steps, device
@@ -93,8 +97,8 @@ class Turns(pl.Callback):
 
     def drops(self, step: int) -> bool:
         """Say whether to drop in a step."""
-        pair, place = divmod(step, 2)
-        return place == Random(pair).randrange(2)
+        three, place = divmod(step, 3)
+        return place == Random(three).randrange(2)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -111,14 +115,15 @@ class Turns(pl.Callback):
         self.moments.append(Took(time.perf_counter(), time.process_time()))
 
     def pairs(self) -> list[tuple[Took, Took]]:
-        """What a step took that drops, and what its neighbour took that does not."""
+        """What a step took that drops, and what another of its three took that does not."""
         took = [
             Took(later.seconds - now.seconds, later.cpu_seconds - now.cpu_seconds)
             for now, later in pairwise(self.moments)
         ]
         clean = {step for step in range(self.steps) if is_clean_step(step, self.steps - step)}
-        firsts = [step for step in range(WARM_UP, self.steps, 2) if not clean & {step, step + 1}]
-        ordered = [(step, step + 1) if self.drops(step) else (step + 1, step) for step in firsts]
+        threes = range(WARM_UP, self.steps - 2, 3)
+        firsts = [step for step in threes if not clean & {step, step + 1, step + 2}]
+        ordered = [(step, step + 2) if self.drops(step) else (step + 1, step) for step in firsts]
         return [(took[on], took[off]) for on, off in ordered]
 
 
