@@ -20,10 +20,18 @@ def position(trainer: Trainer, batch_idx: int) -> TrainingPosition:
         step=trainer.global_step,
         batch=batch_idx,
         batches_per_epoch=trainer.num_training_batches,
-        max_epochs=trainer.max_epochs if trainer.max_epochs is not None else -1,
+        max_epochs=_epochs_that_train(trainer),
         max_steps=trainer.max_steps,
         batches_per_step=_batches_per_step(trainer),
     )
+
+
+def _epochs_that_train(trainer: Trainer) -> int:
+    """The limit of epochs, or -1; weight averaging adds one in which nothing is trained."""
+    if trainer.max_epochs in (None, -1):
+        return -1
+    every: list[Any] = list(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+    return min([trainer.max_epochs, *(one.swa_end + 1 for one in every if hasattr(one, "swa_end"))])
 
 
 def _batches_per_step(trainer: Trainer) -> float:

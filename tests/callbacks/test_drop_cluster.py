@@ -517,6 +517,18 @@ def test_the_statistics_epoch_of_weight_averaging_does_not_drop(loader):
     assert by_epoch[4] == 0.0
 
 
+def test_the_ramp_ends_where_training_ends_and_not_with_the_statistics_epoch(loader):
+    def used(*others):
+        found, callback = [], make_callback(start=0.0)
+        record = At(lambda trainer, _: found.append(callback.drop_prob_now))
+        make_trainer(*others, callback, record).fit(Classifier(), loader)
+        return found
+
+    alone = used()
+    swa = pl.callbacks.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)
+    assert used(swa)[: len(alone)] == alone
+
+
 def test_a_skipped_epoch_does_not_go_on_dropping(loader):
     class Skips(Classifier):
         def on_train_batch_start(self, batch, batch_idx):
