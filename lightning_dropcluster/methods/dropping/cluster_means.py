@@ -10,7 +10,7 @@ from lightning_dropcluster.methods.dropping.memory_order import is_channels_last
 # the cache; elsewhere few operations count, and memory on the way is bounded.
 _SLICES = {"cpu": (2**17, 2**15)}
 _LARGE_SLICES = (2**25, 2**25)
-_ROWS = {"cpu": 2**18}  # features worked on at once where each position is a row
+_SHARED = {"cpu": 2**18}  # features worked on at once where maps share one partition
 _LANES = 64  # maps at least where their features are interleaved, to read in long runs
 
 
@@ -29,10 +29,10 @@ def fill_means(out: Tensor, x: Tensor, labels: Tensor, keep: Tensor, scale: Tens
     if _are_whole_maps(labels):
         out.copy_(_fill_whole_maps(x, labels, keep, scale))
         return
-    last = is_channels_last(x)
-    if last and len(labels) == 1:
-        _fill_rows(out, x, labels, keep, scale)
+    if len(labels) == 1:
+        _fill_shared(out, x, labels, keep, scale)
         return
+    last = is_channels_last(x)
     index, keep, sizes = _clusters_of_maps(x, labels, keep)
     weights = _weights(x, keep, scale)
     maps, samples = _slice_shape(index, last, x.device.type)
@@ -68,20 +68,36 @@ def _fill_whole_maps(x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> 
     return filled.to(x.dtype)
 
 
-def _fill_rows(out: Tensor, x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> None:
-    """The same where maps share one partition and are interleaved: a position is a row, read in one go."""
-    index, exact, weights = labels.flatten().long(), _type_of_sums(x), _weights(x, keep, scale).mT
-    sizes = torch.zeros(keep.shape[2], 1, dtype=exact, device=x.device)
-    sizes = sizes.index_add(0, index, sizes.new_ones(len(index), 1)).clamp(min=1.0)
-    samples = max(1, _ROWS.get(x.device.type, _LARGE_SLICES[0]) // max(1, x[:1].numel()))
+def _fill_shared(out: Tensor, x: Tensor, labels: Tensor, keep: Tensor, scale: Tensor) -> None:
+    """The same where maps share one partition, so that looking weights up once serves them all."""
+    last, index, exact = is_channels_last(x), labels.flatten().long(), _type_of_sums(x)
+    sizes = torch.zeros(keep.shape[2], dtype=exact, device=x.device)
+    sizes = sizes.index_add(0, index, sizes.new_ones(len(index))).clamp(min=1.0)
+    weights = _weights(x, keep, scale).index_select(2, index)
+    if last:
+        weights = weights.mT
+    means_of = _means_of_rows if last else _means_of_columns
+    samples = max(1, _SHARED.get(x.device.type, _LARGE_SLICES[0]) // max(1, x[:1].numel()))
     for start in range(0, len(x), samples):
         part = slice(start, start + samples)
-        rows = x[part].movedim(1, -1).flatten(1, -2)
-        sums = sizes.new_zeros(len(rows), len(sizes), x.shape[1]).index_add_(1, index, rows.to(exact))
-        means = (sums / sizes).to(weights.dtype).index_select(1, index)
-        weight = (weights[part] if len(weights) > 1 else weights).index_select(1, index)
-        filled = rows.to(weights.dtype).lerp(means, weight)
-        out[part] = filled.unflatten(1, x.shape[2:]).movedim(-1, 1)
+        features = x[part].movedim(1, -1).flatten(1, -2) if last else x[part].flatten(2)
+        means = means_of(features, index, sizes, weights.dtype)
+        filled = features.to(weights.dtype).lerp(means, weights[part] if len(weights) > 1 else weights)
+        out[part] = (filled.mT if last else filled).unflatten(2, x.shape[2:])
+
+
+def _means_of_rows(features: Tensor, index: Tensor, sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mean for each feature (N, F, C) of interleaved maps: a position is a row, read in one go."""
+    sums = sizes.new_zeros(len(features), len(sizes), features.shape[2])
+    sums.index_add_(1, index, features.to(sizes.dtype))
+    return (sums / sizes[:, None]).to(dtype).index_select(1, index)
+
+
+def _means_of_columns(features: Tensor, index: Tensor, sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mean for each feature (N, C, F) of maps that lie one after the other."""
+    numbers = index.expand(features.shape)
+    sums = sizes.new_zeros(*features.shape[:2], len(sizes)).scatter_add_(2, numbers, features.to(sizes.dtype))
+    return (sums / sizes).to(dtype).gather(2, numbers)
 
 
 def _fill(x: Tensor, index: Tensor, weights: Tensor, sizes: Tensor, last: bool) -> Tensor:

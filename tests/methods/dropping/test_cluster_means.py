@@ -157,7 +157,7 @@ def test_slices_change_nothing(scope, layout, drawn, monkeypatch):
     whole = fill(x, labels, keep)
     monkeypatch.setattr(cluster_means, "_SLICES", {"cpu": (48, 24)})
     monkeypatch.setattr(cluster_means, "_LANES", 2)
-    monkeypatch.setattr(cluster_means, "_ROWS", {"cpu": 120})
+    monkeypatch.setattr(cluster_means, "_SHARED", {"cpu": 120})
     assert torch.equal(fill(x, labels, keep), whole)
     assert torch.equal(fill(x.clone(), labels, keep, inplace=True), whole)
 
