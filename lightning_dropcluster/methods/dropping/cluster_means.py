@@ -29,7 +29,7 @@ def fill_means(out: Tensor, x: Tensor, labels: Tensor, keep: Tensor, scale: Tens
     if _are_whole_maps(labels):
         out.copy_(_fill_whole_maps(x, labels, keep, scale))
         return
-    if len(labels) == 1:
+    if len(labels) == 1 and x.ndim > 2:
         _fill_shared(out, x, labels, keep, scale)
         return
     last = is_channels_last(x)

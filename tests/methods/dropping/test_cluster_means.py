@@ -78,10 +78,10 @@ def test_clusters_of_equal_features_stay_to_the_last_bit(problem, scale, dtype):
     assert torch.equal(fill(x, labels, keep, scale=scale), x)
 
 
-@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(("groups", "channels"), [(1, 1), (1, 4), (4, 4)])
 @pytest.mark.parametrize("spatial", [(1, 1), (3, 4), ()])
-def test_clusters_of_one_feature_stay_to_the_last_bit(spatial, groups):
-    x, _, _ = make_problem(spatial=spatial)
+def test_clusters_of_one_feature_stay_to_the_last_bit(spatial, groups, channels):
+    x, _, _ = make_problem(channels=channels, spatial=spatial)
     labels = torch.arange(x[0].numel()).reshape(x.shape[1:]) % (x[0].numel() // groups)
     keep = torch.rand(3, groups, int(labels.max()) + 1) > 0.5
     assert torch.equal(fill(x, labels, keep, scale=1 / 0.3), x)
