@@ -31,7 +31,7 @@ class Options:
         train_samples: training images; all by default.
         epochs: of each training.
         batch_size: images per step.
-        precision: see `train.py`; times of bf16-mixed mean something where the processor has bfloat16.
+        precision: see `train.py`; without instructions for bfloat16, times of bf16-mixed mean nothing.
         layers: what DropCluster drops in.
         every_n_epochs: epochs between two reclusterings.
         repeats: trainings of each case, the cases in turn.
