@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +13,7 @@ from torch import Generator, Tensor, nn
 
 from benchmarks.common.data import DataName, ImageDataModule, load
 from benchmarks.common.models import build_model
+from lightning_dropcluster.learning.scopes import SCOPES, Grouping
 from lightning_dropcluster.learning.sketch import Sketch
 
 BATCH = 64
@@ -21,6 +21,7 @@ LAYERS = ("conv1", "layer1.0.conv1", "layer2.0.conv2")
 SIZES = ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))
 CLUSTER_SIZE = 16
 RANDOM = "random fields"
+SPARSE = 1.5  # a strict ReLU leaves what is above so many standard deviations
 RESNET50 = ((64, 56, 3), (128, 28, 4), (256, 14, 6), (512, 7, 3))  # conv2 at 224 px: channels, side, layers
 MODEL = {"data": RANDOM, "model": "resnet50", "layers": "layer*.*.conv2", "size": 224}
 
@@ -48,10 +49,9 @@ class Activations:
         """The sides of a map."""
         return tuple(self.now.shape[2:])
 
-    @property
-    def num_clusters(self) -> int:
-        """Clusters of a map."""
-        return max(1, round(math.prod(self.grid) / CLUSTER_SIZE))
+    def num_clusters(self, scope: str = "map") -> int:
+        """Clusters of a map, or of whatever else is clustered at once."""
+        return Grouping(scope, cluster_size=CLUSTER_SIZE).clusters_for(tuple(self.now.shape[1:]))
 
     def first(self, maps: int) -> Activations:
         """Leave out all but the first maps."""
@@ -63,7 +63,13 @@ class Activations:
 
 
 def sketch_of(
-    outputs: Tensor, sketch_dim: int, seed: int = 0, window: int = 0, dtype: torch.dtype = torch.float32
+    outputs: Tensor,
+    sketch_dim: int,
+    seed: int = 0,
+    window: int = 0,
+    *,
+    scope: str = "map",
+    dtype: torch.dtype = torch.float32,
 ) -> Sketch:
     """Gather outputs (N, C, H, W) as the callback does, in batches.
 
@@ -72,6 +78,7 @@ def sketch_of(
         sketch_dim: columns.
         seed: of the signs.
         window: number of the window.
+        scope: what is clustered, see `DropCluster`.
         dtype: in which the moments are kept from batch to batch.
 
     Returns:
@@ -79,6 +86,7 @@ def sketch_of(
     """
     sketch = Sketch(
         tuple(outputs.shape[1:]),
+        scope=scope,
         num_samples=len(outputs),
         sketch_dim=sketch_dim,
         seed=seed,
@@ -91,9 +99,13 @@ def sketch_of(
     return sketch
 
 
-def exact_profiles(outputs: Tensor) -> Tensor:
-    """Centre outputs (N, C, H, W) over the samples and scale them: (C, H * W, N), unit length or all zero."""
-    rows = outputs.flatten(2).permute(1, 2, 0)
+def exact_profiles(outputs: Tensor, scope: str = "map") -> Tensor:
+    """Centre each feature of outputs (N, C, H, W) and scale it: (C, H * W, N), unit length or all zero.
+
+    In other scopes than "map" the first two sizes are those of the problems and of their items.
+    """
+    layout = SCOPES[scope]
+    rows = layout.rows(outputs.flatten(2)).T.reshape(*layout.problems(tuple(outputs.shape[1:])), -1)
     return F.normalize(rows - rows.mean(2, keepdim=True), dim=2)
 
 
@@ -184,6 +196,11 @@ def random_fields(
             fields += smooth * weight * (2 / scale) ** 0.5
         windows.append(fields)
     return Activations(RANDOM, f"{channels} x {side} x {side}", channels, windows[0], windows[1])
+
+
+def strict_relu(outputs: Tensor) -> Tensor:
+    """Leave one feature in fifteen; most maps then need repair."""
+    return F.relu(outputs - SPARSE * outputs.std())
 
 
 def resnet50_windows(

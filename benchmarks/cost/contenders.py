@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import faiss
@@ -28,7 +29,8 @@ def recluster(
     sketches: Mapping[str, Sketch], old: Mapping[str, Tensor], clusterer: Clusterer
 ) -> dict[str, Tensor]:
     """Do all that the callback does between merged sketches and labels."""
-    return cluster_share(sketches, old, clusterer, Grouping(cluster_size=CLUSTER_SIZE))
+    (scope,) = {sketch.scope.name for sketch in sketches.values()}
+    return cluster_share(sketches, old, clusterer, Grouping(scope, cluster_size=CLUSTER_SIZE))
 
 
 @dataclass
@@ -39,16 +41,18 @@ class OnSketches:
         acts: the layer's outputs.
         sketch_dim: columns.
         seeds: how many; each has a sketch of its own.
+        scope: what is clustered, see `DropCluster`.
     """
 
     acts: Activations
     sketch_dim: int
     seeds: int
+    scope: str = "map"
 
     def __post_init__(self) -> None:
-        seeds, dim = range(self.seeds), self.sketch_dim
-        self.sketches = [{"": sketch_of(self.acts.now, dim, seed, window=1)} for seed in seeds]
-        earlier = [{"": sketch_of(self.acts.before, dim, seed)} for seed in seeds]
+        sketch, seeds = partial(sketch_of, sketch_dim=self.sketch_dim, scope=self.scope), range(self.seeds)
+        self.sketches = [{"": sketch(self.acts.now, seed=seed, window=1)} for seed in seeds]
+        earlier = [{"": sketch(self.acts.before, seed=seed)} for seed in seeds]
         self.old = [recluster(sketch, {}, FaissKMeans(seed=seed)) for seed, sketch in enumerate(earlier)]
 
     def cold(self, seed: int) -> Tensor:
@@ -61,20 +65,20 @@ class OnSketches:
         return recluster(self.sketches[seed], {}, TorchKMeans(seed=seed))[""]
 
     def by_sklearn(self, seed: int) -> Tensor:
-        return by_sklearn(self.sketches[seed][""].profiles(), self.acts.num_clusters, seed)
+        return by_sklearn(self.sketches[seed][""].profiles(), self.acts.num_clusters(self.scope), seed)
 
     def in_cpu_pool(self, seed: int) -> Tensor:
-        profiles, grid = self.sketches[seed][""].profiles().cpu(), self.acts.grid
-        return (
-            FaissKMeans(seed=seed).fit(profiles, self.acts.num_clusters, grid=grid).to(self.acts.now.device)
-        )
+        sketch = self.sketches[seed][""]
+        profiles, grid = sketch.profiles().cpu(), sketch.scope.grid(sketch.shape)
+        labels = FaissKMeans(seed=seed).fit(profiles, self.acts.num_clusters(self.scope), grid=grid)
+        return labels.to(self.acts.now.device)
 
     def by_triton(self, seed: int) -> Tensor:
         from flash_kmeans import batch_kmeans_Euclid  # pyright: ignore[reportMissingImports]
 
         torch.manual_seed(seed)
         profiles = self.sketches[seed][""].profiles()
-        return batch_kmeans_Euclid(profiles, self.acts.num_clusters, max_iters=MAX_ITER)[0].long()
+        return batch_kmeans_Euclid(profiles, self.acts.num_clusters(self.scope), max_iters=MAX_ITER)[0].long()
 
     def cases(self) -> dict[str, Fit]:
         """Name what can run on the device of the activations."""
@@ -125,4 +129,4 @@ def by_faiss(profiles: Tensor, num_clusters: int, seed: int) -> Tensor:
 
 def by_ward(profiles: Tensor, acts: Activations) -> dict[str, Fit]:
     """Ward's agglomeration, which takes no seed."""
-    return {"Ward, exact profiles": lambda seed: Ward().fit(profiles, acts.num_clusters, grid=acts.grid)}
+    return {"Ward, exact profiles": lambda seed: Ward().fit(profiles, acts.num_clusters(), grid=acts.grid)}

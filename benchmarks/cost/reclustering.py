@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
+from torch import Tensor
 
 from benchmarks.common.data import DataName
 from benchmarks.common.inertia import inertia
@@ -23,6 +24,7 @@ from benchmarks.cost.activations import (
     random_fields,
     resnet50_windows,
     sketch_of,
+    strict_relu,
     trained,
 )
 from benchmarks.cost.contenders import SKLEARN, OnSketches, by_ward, on_exact_profiles, recluster
@@ -34,6 +36,7 @@ from lightning_dropcluster.learning.sketch import Sketch
 
 MOST_WORK = 2**26  # maps x features of a map squared at most, so that no peer takes minutes
 SKETCHES = [(dim, torch.float32) for dim in (16, 32, 64, 128, 256)]
+MAPS_OF_A_LAYER = 8  # clustered as one layer: the work grows with their square
 HALVED = [(64, torch.bfloat16), (64, torch.float16)]
 
 
@@ -110,13 +113,14 @@ def run_alternating(
     return runs
 
 
-def layer_records(acts: Activations, settings: Settings) -> Iterator[dict[str, Any]]:
+def layer_records(acts: Activations, settings: Settings, scope: str = "map") -> Iterator[dict[str, Any]]:
     """Compare all clusterers on one layer; Ward, which is slow, on a sixteenth of the maps."""
-    device, profiles = acts.now.device, exact_profiles(acts.now)
-    sketched = OnSketches(acts, settings.sketch_dim, settings.repeats + 1)
-    cases = on_exact_profiles(profiles, acts.num_clusters) | sketched.cases()
+    device, profiles = acts.now.device, exact_profiles(acts.now, scope)
+    sketched = OnSketches(acts, settings.sketch_dim, settings.repeats + 1, scope)
+    cases = on_exact_profiles(profiles, acts.num_clusters(scope)) | sketched.cases()
     runs = run_alternating(cases, settings.repeats, device)
-    runs |= run_alternating(by_ward(profiles[: max(2, len(profiles) // 16)], acts), 2, device)
+    if scope == "map":
+        runs |= run_alternating(by_ward(profiles[: max(2, len(profiles) // 16)], acts), 2, device)
     base = [inertia(profiles, labels) for labels in runs[SKLEARN].labels]
     base_seconds = median(runs[SKLEARN].seconds) / len(profiles)
     base_cpu = median(runs[SKLEARN].cpu_seconds) / len(profiles)
@@ -125,7 +129,7 @@ def layer_records(acts: Activations, settings: Settings) -> Iterator[dict[str, A
         found = mean(inertia(profiles[:maps], labels).sum().item() for labels in run.labels)
         yield {
             "benchmark": "reclustering",
-            **describe(acts, settings),
+            **describe(acts, settings, scope),
             "maps": maps,
             "case": name,
             **timing(run),
@@ -142,7 +146,7 @@ def layer_records(acts: Activations, settings: Settings) -> Iterator[dict[str, A
 def sketch_records(acts: Activations, settings: Settings) -> Iterator[dict[str, Any]]:
     """How the size and precision of the sketch tell on the exact inertia."""
     profiles = exact_profiles(acts.now)
-    exact = FaissKMeans().fit(profiles, acts.num_clusters, grid=acts.grid)
+    exact = FaissKMeans().fit(profiles, acts.num_clusters(), grid=acts.grid)
     base = inertia(profiles, exact).sum().item()
     for dim, dtype in SKETCHES + HALVED:
         found = []
@@ -166,10 +170,12 @@ def sketch_records(acts: Activations, settings: Settings) -> Iterator[dict[str, 
 def model_records(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
     """Recluster the whole model at once."""
     before, now = windows_of_model(settings, device)
+    _, sparse = windows_of_model(settings, device, strict_relu)
     old = recluster(before, {}, FaissKMeans())
     cases = {
         "cold": lambda seed: recluster(now, {}, FaissKMeans(seed=seed)),
         "warm": lambda seed: recluster(now, old, FaissKMeans(seed=seed)),
+        "cold, sparse maps": lambda seed: recluster(sparse, {}, FaissKMeans(seed=seed)),
     }
     for name, run in run_alternating(cases, settings.repeats, device).items():
         yield {
@@ -183,10 +189,14 @@ def model_records(settings: Settings, device: torch.device) -> Iterator[dict[str
         }
 
 
-def windows_of_model(settings: Settings, device: torch.device) -> tuple[dict[str, Sketch], dict[str, Sketch]]:
+def windows_of_model(
+    settings: Settings, device: torch.device, through: Callable[[Tensor], Tensor] | None = None
+) -> tuple[dict[str, Sketch], dict[str, Sketch]]:
     """Sketch the whole model in two windows."""
     some = {"sizes": RESNET50[-1:], "maps": settings.maps} if settings.quick else {}
-    return resnet50_windows(device, samples=settings.samples, sketch_dim=settings.sketch_dim, **some)
+    return resnet50_windows(
+        device, samples=settings.samples, sketch_dim=settings.sketch_dim, through=through, **some
+    )
 
 
 def searches_of_model(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -195,14 +205,15 @@ def searches_of_model(settings: Settings, device: torch.device) -> Iterator[dict
         yield {"benchmark": "searches", **MODEL, "samples": settings.samples, **record}
 
 
-def describe(acts: Activations, settings: Settings) -> dict[str, Any]:
+def describe(acts: Activations, settings: Settings, scope: str = "map") -> dict[str, Any]:
     """Say what was clustered."""
     return {
         "data": acts.data,
         "layer": acts.layer,
         "channels": acts.channels,
         "grid": list(acts.grid),
-        "clusters": acts.num_clusters,
+        "scope": scope,
+        "clusters": acts.num_clusters(scope),
         "samples": len(acts.now),
         "sketch_dim": settings.sketch_dim,
     }
@@ -232,6 +243,8 @@ def trained_records(settings: Settings, device: torch.device) -> Iterator[dict[s
         some = acts.first(fitting(acts.channels, acts.grid[0], settings)).to(device)
         yield from layer_records(some, settings)
         yield from sketch_records(some, settings)
+        yield from layer_records(some, settings, "position")
+        yield from layer_records(some.first(MAPS_OF_A_LAYER), settings, "layer")
 
 
 def random_records(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:

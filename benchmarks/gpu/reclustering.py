@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.common.inertia import inertia
 from benchmarks.common.record import provenance, write_line
-from benchmarks.cost.activations import CLUSTER_SIZE, RESNET50, resnet50_windows
+from benchmarks.cost.activations import CLUSTER_SIZE, RESNET50, resnet50_windows, strict_relu
 from benchmarks.cost.contenders import MAX_ITER, recluster
 from benchmarks.cost.reclustering import run_alternating, timing
 from benchmarks.cost.searches import search_records
@@ -24,7 +24,6 @@ from lightning_dropcluster.clustering import FaissKMeans, TorchKMeans
 from lightning_dropcluster.clustering.tiles import tile
 from lightning_dropcluster.learning.sketch import Sketch
 
-SPARSE = 1.5  # a strict ReLU leaves what is above so many standard deviations
 FLASH = "flash-kmeans"
 Labels = Mapping[str, Tensor]
 Sketches = dict[str, Sketch]
@@ -47,11 +46,6 @@ class Settings:
     largest: int = 56
     repeats: int = 5
     out: str | None = None
-
-
-def strict_relu(outputs: Tensor) -> Tensor:
-    """Leave one feature in fifteen; most maps then need repair."""
-    return F.relu(outputs - SPARSE * outputs.std())
 
 
 def by_flash(sketches: Sketches) -> Labels:

@@ -9,6 +9,7 @@ from sklearn.cluster import KMeans
 from benchmarks.cost import reclustering
 from benchmarks.cost.activations import exact_profiles, random_fields, sketch_of
 from benchmarks.cost.peak import added_memory
+from lightning_dropcluster.learning.scopes import SCOPES
 
 CPU = torch.device("cpu")
 
@@ -23,7 +24,9 @@ def test_it_writes_a_line_for_each_case(capsys):
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     cases = {(record["benchmark"], record.get("case")) for record in records}
     assert {("reclustering", "FaissKMeans, sketch"), ("reclustering", "Ward, exact profiles")} <= cases
-    assert {("whole model", "cold"), ("whole model", "warm"), ("sketch", None)} <= cases
+    assert {("whole model", "cold"), ("whole model", "cold, sparse maps"), ("sketch", None)} <= cases
+    scopes = {record["scope"] for record in records if record.get("case") == "FaissKMeans, sketch, warm"}
+    assert scopes == {"map", "position", "layer"}
     assert all(0 < r["searches"] < r["goal"] for r in records if r["benchmark"] == "searches")
     assert {("searches", "cold"), ("searches", "warm")} <= cases
     base = [record for record in records if record.get("case") == record.get("base", "")]
@@ -39,9 +42,11 @@ def test_inertia_is_that_of_sklearn():
         assert found.item() == pytest.approx(fit.inertia_, rel=1e-4)
 
 
-def test_exact_profiles_are_those_of_an_exact_sketch():
+@pytest.mark.parametrize("scope", SCOPES)
+def test_exact_profiles_are_those_of_an_exact_sketch(scope):
     outputs = random_fields(4, 8, maps=3, samples=20).now
-    exact, sketched = exact_profiles(outputs), sketch_of(outputs, 20).profiles()
+    exact = exact_profiles(outputs, scope)
+    sketched = sketch_of(outputs, exact.shape[2], scope=scope).profiles()
     torch.testing.assert_close(sketched @ sketched.mT, exact @ exact.mT)
 
 
