@@ -91,8 +91,8 @@ class DropCluster(LayerCallback):
             tokens, which have no place there, are neither clustered nor dropped. With ``layers=None`` the
             stages themselves tell.
         clean_statistics: let BatchNorm's running averages follow only steps that drop nothing, one in eight
-            and the last 20, so that they are right in evaluation (https://arxiv.org/abs/1801.05134). Has no
-            effect on models without running averages.
+            and the last 20 or, if fewer, the last tenth of training, so that they are right in evaluation
+            (https://arxiv.org/abs/1801.05134). Has no effect on models without running averages.
         layer_types: the module types that patterns may pick. ``None`` means conv layers if a pattern matches
             any, else the modules it names.
         initial_labels: labels to start from, as in ``labels``, or the path of an earlier run's checkpoint. If

@@ -139,9 +139,6 @@ class StructuredDropout(LayerCallback):
         self._layers.forget({})
 
     def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        if trainer.global_step == 0 and self._loaded is None:
-            super()._reset()
-            self._layers.forget(self._hooked)
         self._layers.attach(self._hooked, pl_module.device)
         for regularizer in self._layers.regularizers.values():
             self._check_settings(regularizer)

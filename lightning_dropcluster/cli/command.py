@@ -77,7 +77,7 @@ def list_layers(
     sketch_dim: int = 64,
     channel_dim: int = 1,
 ) -> None:
-    """List the conv layers of a timm model, and what a pattern picks.
+    """List the layers of a timm model that can drop, and what a pattern picks.
 
     Args:
         model: name of a timm model, such as resnet50.

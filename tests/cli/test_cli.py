@@ -173,7 +173,7 @@ def test_help_spells_options_with_hyphens_too(capsys):
     said = capsys.readouterr().out
     assert "--any-layer" in said
     assert "_layer" not in said.replace("layer_types", "")
-    assert said.count("List the conv layers of a timm model") == 1
+    assert said.count("List the layers of a timm model") == 1
 
 
 def test_the_version_is_told(capsys):
@@ -192,7 +192,7 @@ def test_help_comes_from_the_docstring(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["layers", "--help"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "List the conv layers of a timm model" in out
+    assert "List the layers of a timm model" in out
     assert "samples gathered for each clustering. (type: int, default: 1024)" in out
 
 
