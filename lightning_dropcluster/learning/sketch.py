@@ -63,7 +63,8 @@ class Sketch(nn.Module):
     those. Here the i-th observation is added, with a random sign, to column ``i mod D``: the count sketch
     (Charikar et al. 2002; "Feature hashing", https://arxiv.org/abs/0902.2206), whose inner products have the
     variance of dense random signs at 1 / D of the work. Columns take turns instead of being drawn, so that
-    up to D observations each have a column of their own and the sketch is then exact. The sums of the values
+    up to D observations each have a column of their own and the sketch is then exact. Where a sample brings
+    several observations, each turn begins at a column drawn by a hash, the first at 0. The sums of the values
     are kept beside it; with the columns' own sums the centring is exact. Sketches of batches and of ranks
     add up.
 
@@ -224,7 +225,10 @@ class Sketch(nn.Module):
         sample = local * self.world_size + self.rank
         row = (sample[:, None] * self.observations + torch.arange(self.observations, device=device)).flatten()
         wanted = (local < self.num_samples).float().repeat_interleave(self.observations)
-        return wanted, row % self.sketch_dim, _signs(row, self.key) * wanted
+        turn = row
+        if self.observations > 1:  # else a channel would have the same columns in all samples where D divides C
+            turn = row + _mix((row // self.sketch_dim) & _WORD)
+        return wanted, turn % self.sketch_dim, _signs(row, self.key) * wanted
 
 
 def _host_may_look(x: Tensor) -> bool:

@@ -249,6 +249,15 @@ def test_observations_take_the_columns_in_turns():
     assert torch.equal(signs().abs().sum(1), torch.ones(400))
 
 
+@pytest.mark.parametrize(("scope", "loud"), [("position", (0, slice(None))), ("channel", (slice(None), 0))])
+def test_one_loud_channel_or_position_does_not_fill_a_column(scope, loud):
+    x = make_x(512, (16, 4, 4))
+    x[:, *loud] *= 30.0
+    sketch = gather([x], (16, 4, 4), scope=scope, num_samples=512, sketch_dim=64)
+    errors = inner(sketch.profiles()) - inner(naive_profiles(x, scope))
+    assert errors.square().mean().sqrt() < 0.15
+
+
 def test_signs_are_balanced_and_uncorrelated():
     drawn = signs(4000).sum(1)
     assert drawn.mean().abs() < 4 / math.sqrt(4000)
