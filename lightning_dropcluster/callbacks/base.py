@@ -72,6 +72,7 @@ class LayerCallback(CallbackBase):
         self._hooked: dict[str, nn.Module] = {}
         self._drop_prob_now = 0.0
         self._loaded: dict[str, Any] | None = None
+        self._loaded_before: dict[str, Any] | None = None
         self._was_loaded = False
         self._is_fresh = self._saw_first_batch = False
         self._log_prefix = self.log_name
@@ -90,6 +91,7 @@ class LayerCallback(CallbackBase):
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Forget an earlier training: tuners save the state right after this, and restore it in the end."""
+        self._loaded_before = self._loaded
         if stage == "fit" and self._loaded is None and trainer.global_step == 0:
             self._reset()
 
@@ -136,7 +138,8 @@ class LayerCallback(CallbackBase):
         is_clean = self._clean_steps.is_due(trainer, position.batches_left)
         self._drop_prob_now = self._begin_step(fraction, is_due, is_clean)
         self._clean_steps.begin_step(self._drop_prob_now, is_clean)
-        self._scope.open(trainer.strategy, self._layers.hooks, self._clean_steps.end_pass)
+        passes = self._clean_steps.begin_pass, self._clean_steps.end_pass
+        self._scope.open(trainer.strategy, self._layers.hooks, *passes)
         if not (trainer.barebones or math.isnan(self._drop_prob_now)):
             # As a number Lightning would copy it to the device, and wait.
             value = torch.full((), self._drop_prob_now, dtype=torch.float32, device=pl_module.device)
@@ -187,6 +190,8 @@ class LayerCallback(CallbackBase):
             self.detach()
             self._let_go_of_module()
         self._forget_loaded()
+        if stage != "fit":
+            self._loaded = self._loaded_before  # by hand, for a fit to come
 
     def detach(self) -> None:
         """Take all hooks off; labels stay.

@@ -36,8 +36,7 @@ class CleanSteps:
         self._follows_loss, self._is_alone = self.auto is not None, not others
         for other in others:
             other._is_alone = False
-            if self.keeps_statistics and other.keeps_statistics:
-                self._statistics = other._statistics
+            self._statistics = other._statistics  # one that keeps them makes steps clean for all
             if self.auto is not None or other.auto is not None:  # no loss counts in which another drops
                 self._follows_loss = other._follows_loss = True
         self.look_at(model)
@@ -58,9 +57,13 @@ class CleanSteps:
         return is_clean and (self._follows_loss or self._statistics.are_moving())
 
     def begin_step(self, drop_prob: float, is_clean: bool) -> None:
-        """Note how averages are before a step; a drop_prob of NaN drops, nobody knows how much."""
+        """Say whether a step drops; with a drop_prob of NaN it does, nobody knows how much."""
         self._drops, self._is_clean = drop_prob != 0.0 and not is_clean, is_clean
         self._statistics.begin_step(self._drops)
+
+    def begin_pass(self) -> None:
+        """Note how averages are before a forward or backward pass."""
+        self._statistics.begin_pass()
 
     def end_pass(self) -> None:
         """See to averages after a forward or backward pass, before anybody else sees them."""

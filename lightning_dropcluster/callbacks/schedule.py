@@ -131,9 +131,12 @@ class Schedule:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a position; with another interval than before, count from here and recluster at once."""
+        """Go on from a position.
+
+        With another interval than before, count from here and recluster at once; with 0 never again.
+        """
         self._began = None if state["began"] is None else tuple(state["began"])
-        self._origin, self._passed = None, 0
+        self._origin, self._passed = None, int(self.every == 0 and state["passed"] > 0)
         if (state["every"], state["counts_steps"]) == (self.every, self.counts_steps):
             self._origin, self._passed = state["origin"], state["passed"]
 

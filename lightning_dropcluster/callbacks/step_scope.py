@@ -25,13 +25,20 @@ class StepScope:
 
     def __init__(self) -> None:
         self._hooks: Mapping[str, LayerHook] = {}
+        self.begin_pass: Callable[[], None] = _do_nothing
         self.end_pass: Callable[[], None] = _do_nothing
         self._wrapped: list[tuple[Any, str]] = []
 
-    def open(self, strategy: Any, hooks: Mapping[str, LayerHook], end_pass: Callable[[], None]) -> None:
-        """Begin a batch; ``end_pass`` is called at the end of each part of it in which hooks act."""
+    def open(
+        self,
+        strategy: Any,
+        hooks: Mapping[str, LayerHook],
+        begin_pass: Callable[[], None],
+        end_pass: Callable[[], None],
+    ) -> None:
+        """Begin a batch; of each part of it in which hooks act the beginning and the end are told."""
         self.close()
-        self._hooks, self.end_pass = hooks, end_pass
+        self._hooks, self.begin_pass, self.end_pass = hooks, begin_pass, end_pass
         suspend(hooks)
         for place, name, acts in _PARTS:
             owner = strategy if place == "strategy" else strategy.precision_plugin
@@ -50,7 +57,7 @@ class StepScope:
                 del vars(owner)[name]
                 if part.before is not None:
                     vars(owner)[name] = part.before
-        self._hooks, self.end_pass = {}, _do_nothing
+        self._hooks, self.begin_pass, self.end_pass = {}, _do_nothing, _do_nothing
 
     def set_suspended(self, suspended: bool) -> bool:
         """Switch the hooks, and return how they were."""
@@ -69,6 +76,8 @@ class _Part:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         listeners = list(self.listeners)
+        for listener in listeners if self.acts else ():
+            listener.begin_pass()
         states = [listener.set_suspended(not self.acts) for listener in listeners]
         try:
             result = self.method(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,9 @@ def _epochs_that_train(trainer: Trainer) -> int:
 def _batches_per_step(trainer: Trainer) -> float:
     """Batches to a step of an optimiser; with several by hand, as it has been so far."""
     if trainer.lightning_module.automatic_optimization:
-        return trainer.accumulate_grad_batches
+        whole, each = trainer.num_training_batches, trainer.accumulate_grad_batches
+        # The last step of an epoch takes what is left.
+        return whole / math.ceil(whole / each) if 0 < whole < math.inf else each
     return batch_of_all(trainer) / trainer.global_step if trainer.global_step else 1
 
 

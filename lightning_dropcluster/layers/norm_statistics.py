@@ -42,8 +42,9 @@ class NormStatistics:
     half of them, which lets averages lag a little and makes them less noisy. Nothing is computed twice, and
     averages are right at any moment between two steps.
 
-    It takes all modules that own such buffers and are in training mode, and looks at them at the end of each
-    pass: what is written later in a step, such as into a copy that follows the model, stays as it is.
+    It takes all modules that own such buffers and are in training mode, and looks at them before the first
+    pass of a step and at the end of each: what is written outside of passes, such as weights that are loaded
+    between two steps, or into a copy that follows the model, stays as it is.
     """
 
     def __init__(self, left_out: int = 0) -> None:
@@ -51,7 +52,8 @@ class NormStatistics:
         self._norms: list[nn.Module] = []
         self._moving: list[nn.Module] = []
         self._before: list[Tensor] = []
-        self._is_open = self._drops = False
+        self._is_open = self._is_noted = self._drops = False
+        self._depth = 0  # of passes: with manual optimisation backward runs within the training step
 
     def attach(self, model: nn.Module) -> None:
         """Look for running averages in a model."""
@@ -62,38 +64,50 @@ class NormStatistics:
         return any(norm.training for norm in self._norms)
 
     def begin_step(self, drops: bool) -> None:
-        """Note the averages; every callback says whether it drops in the step."""
+        """Let a step begin; every callback says whether it drops in it."""
         if not self._is_open:
-            self._moving = [norm for norm in self._norms if norm.training and not _is_lazy(norm)]
-            now = self._buffers()
-            if [_kind(b) for b in now] != [_kind(b) for b in self._before]:
-                self._before = [torch.empty_like(buffer) for buffer in now]
-            _copy(now, self._before)
-            self._is_open, self._drops = True, False
+            self._is_open, self._is_noted, self._drops, self._depth = True, False, False, 0
         self._drops |= drops
 
+    def begin_pass(self) -> None:
+        """Note the averages before the first pass of a step."""
+        self._depth += 1
+        if not self._is_open or self._is_noted:
+            return
+        self._moving = [norm for norm in self._norms if norm.training and not _is_lazy(norm)]
+        now = self._buffers()
+        if [_kind(b) for b in now] != [_kind(b) for b in self._before]:
+            self._before = [torch.empty_like(buffer) for buffer in now]
+        _copy(now, self._before)
+        self._is_noted = True
+
     def end_pass(self) -> None:
-        """Put the averages back after a pass that dropped; let a clean one count for steps left out.
+        """Put the averages back after a pass that dropped; let a clean step count for those left out.
 
         Backward is such a pass too: where activations are recomputed, averages move again.
         """
-        if self._is_open and self._drops:
-            _copy(self._before, self._buffers())
-        elif self._is_open and self.left_out:
+        self._depth -= 1
+        if self._drops:
+            self._put_back()
+        elif self._is_open and self._is_noted and self.left_out and self._depth == 0:
             self._catch_up()
             self.left_out = 0
 
     def end_step(self) -> None:
-        """Count a step that dropped; its passes have ended."""
-        if self._is_open and self._drops:
+        """Count a step that dropped while averages moved; its passes have ended."""
+        if self._is_open and self._is_noted and self._drops and self._moving:
             self.left_out += 1
         self._is_open = False
 
     def cancel_step(self) -> None:
         """Undo what an unfinished step has changed, if it drops, and count it for nothing."""
         if self._drops:
-            self.end_pass()
+            self._put_back()
         self._is_open = False
+
+    def _put_back(self) -> None:
+        if self._is_open and self._is_noted:
+            _copy(self._before, self._buffers())
 
     def _buffers(self) -> list[Tensor]:
         """Looked up each time, since modules may be given new ones."""

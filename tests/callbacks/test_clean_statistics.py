@@ -145,6 +145,13 @@ def test_averaged_weights_come_with_clean_averages(averaging, listed_first):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_one_callback_that_keeps_them_clean_is_enough():
+    first = StructuredDropout("conv1", SpatialDropout(0.5), **OPTIONS)
+    second = StructuredDropout("conv2", SpatialDropout(0.5), clean_statistics=False, **OPTIONS)
+    assert excess(fit(first, second)) < TOLERANCE
+    assert excess(fit(second, first)) < TOLERANCE
+
+
 def test_every_validation_and_checkpoint_sees_clean_averages(tmp_path):
     seen = []
 

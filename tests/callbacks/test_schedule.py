@@ -321,3 +321,14 @@ def test_with_another_interval_a_resumed_run_reclusters_at_once_and_keeps_its_ra
     due = [epoch for epoch in range(20, 31) if after.advance(position(epoch))[1]]
     assert due == [20, 25, 30]
     assert after.advance(position(31))[0] == before.advance(position(31))[0]
+
+
+def test_a_run_resumed_with_0_keeps_its_clusters():
+    def position(epoch):
+        return TrainingPosition(epoch, 4 * epoch, 0, 4, max_epochs=40, max_steps=-1)
+
+    before, after = Schedule(4, linear, every_n_epochs=1), Schedule(4, linear, every_n_epochs=0)
+    for epoch in range(20):
+        before.advance(position(epoch))
+    after.load_state_dict(before.state_dict())
+    assert not any(after.advance(position(epoch))[1] for epoch in range(20, 40))

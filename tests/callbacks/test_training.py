@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_dropcluster import DropCluster, Dropout, StructuredDropout
 from lightning_dropcluster.callbacks import training
 from lightning_dropcluster.clustering import adjusted_rand_index
+from lightning_dropcluster.learning import scopes
 
 NAME = "model.conv"
 
@@ -279,6 +280,20 @@ def test_the_clean_end_counts_batches_with_two_optimisers_too(loader):
     dropping = StructuredDropout("discriminator.conv", Dropout(0.5))
     make_trainer(dropping, Look(), max_steps=12, max_epochs=-1).fit(module, loader)
     assert left[1:] == [5, 4, 3, 2, 1]
+
+
+def test_the_clean_end_counts_the_short_last_step_of_an_epoch():
+    left = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            left.append(training.position(trainer, batch_idx).batches_left)
+
+    loader = make_loader(20, 4)  # five batches: a step of four, and one of one
+    make_trainer(Look(), max_steps=4, accumulate_grad_batches=4).fit(Classifier(), loader)
+    assert len(left) == 10
+    assert left[0] == 10
+    assert left[5] == 5
 
 
 def test_several_callbacks_keep_to_themselves(tmp_path, loader):
@@ -582,6 +597,12 @@ def test_features_that_are_one_cluster_are_told():
         fit()
     with pytest.warns(UserWarning, match="one cluster holds all 8 features.* layers with more channels"):
         fit(scope="channel")
+
+
+def test_a_layer_with_more_clusters_than_its_scope_allows_is_told(loader, monkeypatch):
+    monkeypatch.setattr(scopes, "_MAX_LAYER_CLUSTERS", 4)
+    with pytest.warns(UserWarning, match="there are 4 clusters at most, so cluster_size becomes"):
+        make_trainer(make_callback(start=0.0, scope="layer", cluster_size=2)).fit(Classifier(Small()), loader)
 
 
 # Trainers that forbid things

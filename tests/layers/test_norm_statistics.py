@@ -26,6 +26,7 @@ NORMS = {
 
 def step(statistics: NormStatistics, norm: nn.Module, x: torch.Tensor, drops: bool, calls: int = 1) -> None:
     statistics.begin_step(drops)
+    statistics.begin_pass()
     for _ in range(calls):
         norm(2 * x if drops else x)
     statistics.end_pass()
@@ -112,10 +113,45 @@ def test_averages_without_a_count_are_as_fast_as_those_with_one(name):
     assert uncounted == pytest.approx(counted, rel=0.1)
 
 
+def test_what_is_loaded_between_two_steps_stays():
+    norm, statistics = nn.BatchNorm2d(3), NormStatistics()
+    statistics.attach(norm)
+    statistics.begin_step(True)
+    norm.running_var.fill_(7.0)  # by another callback, before the training step
+    statistics.begin_pass()
+    norm(torch.randn(8, 3, 4, 4))
+    statistics.end_pass()
+    assert (norm.running_var == 7.0).all()
+
+
+def test_steps_in_which_no_average_moves_count_for_nothing():
+    norm, statistics = nn.BatchNorm2d(3).eval(), NormStatistics()
+    statistics.attach(norm)
+    step(statistics, norm, torch.randn(8, 3, 4, 4), drops=True)
+    assert statistics.left_out == 0
+
+
+def test_layers_that_run_after_a_backward_within_the_step_catch_up_too():
+    first, second, statistics = nn.BatchNorm2d(3), nn.BatchNorm2d(3), NormStatistics()
+    statistics.attach(nn.ModuleList([first, second]))
+    x = torch.randn(8, 3, 4, 4)
+    for drops in (True, True, False):
+        statistics.begin_step(drops)
+        statistics.begin_pass()
+        first(x)
+        statistics.begin_pass()
+        statistics.end_pass()  # as manual_backward
+        second(x)
+        statistics.end_pass()
+        statistics.end_step()
+    assert torch.equal(first.running_mean, second.running_mean)
+
+
 def test_a_graph_that_runs_backward_twice_is_left_alone():
     norm, statistics = nn.BatchNorm2d(3), NormStatistics()
     statistics.attach(norm)
     statistics.begin_step(True)
+    statistics.begin_pass()
     loss = norm(torch.randn(8, 3, 4, 4)).square().sum()
     loss.backward(retain_graph=True)
     statistics.end_pass()
@@ -128,6 +164,7 @@ def test_a_copy_that_follows_the_model_is_left_alone():
     statistics = NormStatistics()
     statistics.attach(model)
     statistics.begin_step(True)
+    statistics.begin_pass()
     model[1].running_var.fill_(7.0)
     statistics.end_pass()
     assert (model[1].running_var == 7.0).all()
@@ -139,6 +176,7 @@ def test_buffers_of_other_names_are_left_alone():
     statistics = NormStatistics()
     statistics.attach(model)
     statistics.begin_step(True)
+    statistics.begin_pass()
     model.running_steps += 1
     statistics.end_pass()
     assert model.running_steps == 1
@@ -177,6 +215,7 @@ def test_an_unfinished_step_leaves_no_trace():
     statistics.attach(norm)
     before = averages(norm)
     statistics.begin_step(True)
+    statistics.begin_pass()
     norm(torch.randn(8, 3, 4, 4))
     statistics.cancel_step()
     statistics.end_step()
@@ -190,6 +229,7 @@ def test_one_callback_that_drops_is_enough():
     before = averages(norm)
     for drops in (False, True, False):
         statistics.begin_step(drops)
+    statistics.begin_pass()
     norm(torch.randn(8, 3, 4, 4))
     statistics.end_pass()
     statistics.end_step()
@@ -265,6 +305,7 @@ def test_many_layers_take_as_few_operations_as_one(drops):
         statistics.attach(norms)
         step(statistics, norms, torch.randn(8, 3, 4, 4), drops=True)
         statistics.begin_step(drops)
+        statistics.begin_pass()
         norms(torch.randn(8, 3, 4, 4))
         with Work() as work:
             statistics.end_pass()
