@@ -46,6 +46,7 @@ class LayerHook:
         self.sketch: Gatherer | None = None
         self.active, self.touches, self.suspended, self.first_call = True, False, False, False
         self.layout = Layout()
+        self.table_shape: tuple[int, ...] | None = None  # of labels: (C or 1, *spatial)
         # Acts once, on a copy of the first output, so that what refuses its shape does so at once.
         self.trial: nn.Module | None = None
         # Set by a call: what it saw.
@@ -64,6 +65,8 @@ class LayerHook:
         self._check(module, output)
         self.fired = True
         features, prefix = self.layout.split(output)
+        if not torch.compiler.is_compiling():  # it would be compiled anew with the first labels
+            self._check_labels(features)
         self._gather(features)
         if self.regularizer is None:
             return None
@@ -88,8 +91,19 @@ class LayerHook:
             )
         self.layout.check(self.name, output.shape)
 
+    def _check_labels(self, x: Tensor) -> None:
+        table = self.table_shape
+        if table is not None and (len(table) != x.ndim - 1 or table[0] not in (1, x.shape[1])):
+            raise ValueError(
+                f"labels of layer {self.name!r}, a table of shape {table}, do not fit its features of shape "
+                f"{tuple(x.shape[1:])}"
+            )
+
     def _gather(self, x: Tensor) -> None:
-        if self.first_call:
+        if torch.compiler.is_compiling() and self.sketch is None:
+            # To look at `first_call` would make two variants of each where a layer runs twice.
+            self.shape, self.batch_size = tuple(x.shape[1:]), x.shape[0]
+        elif self.first_call:
             self.first_call = False
             self.shape, self.batch_size = tuple(x.shape[1:]), x.shape[0]
             if self.sketch is not None and self.sketch.takes(self.shape):

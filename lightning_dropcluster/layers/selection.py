@@ -14,8 +14,8 @@ from lightning_dropcluster.layers.stages import default_layers
 from lightning_dropcluster.layers.wrappers import CONV_LAYERS, adapted_layer, has_forward, name_modules
 
 Pattern = str | Callable[[str, nn.Module], bool]
-Layers = Pattern | Sequence[Pattern]
-"""How users say which layers; see `select_layers`."""
+Layers = Sequence[Pattern] | Pattern
+"""How users say which layers, see `select_layers`. Lists come first, or jsonargparse could not save them."""
 LayerTypes = type[nn.Module] | Sequence[type[nn.Module]]
 
 _WIDEN = "give layer_types=torch.nn.Module"
@@ -92,7 +92,7 @@ def find_layers(root: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """
     _check_module("model", root)
     there = name_modules(root)
-    found = {name: there.get(name, there.get(name.partition(".")[2])) for name in names}
+    found = {name: there.get(name, there.get(name.partition(".")[2] or name)) for name in names}
     for name, module in found.items():
         if module is None:
             near = ", ".join(nearest_names(name, there)) or "none"

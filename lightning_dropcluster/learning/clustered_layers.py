@@ -63,6 +63,7 @@ class ClusteredLayers(HookedLayers):
             if drop is not None:  # code for each size of labels would soon be more than torch keeps
                 forget_compiled_code()
             hook.regularizer = drop = self._drop_of(clusters).to(self.device)
+        hook.table_shape = tuple(clusters.table.shape)
         return Clusters(drop.labels, clusters.shape)
 
     def arm(self, drop_prob: float, clustered: Collection[str], *, gathers: bool) -> None:

@@ -2,10 +2,11 @@
 
 import copy
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
-from fits import Classifier, case_id, count_hooks, make_trainer
+from fits import Classifier, case_id, count_hooks, make_loader, make_trainer
 from sklearn.cluster import KMeans
 from torch import nn
 
@@ -114,6 +115,7 @@ ARGUMENTS = [
     ),
     ({"fill": "median"}, ValueError, "fill='median'", "one of zero, mean"),
     ({"rescale": "sum"}, ValueError, "rescale='sum'", "one of batch, expected"),
+    ({"position_weight": 1.0, "scope": "channel"}, ValueError, "position_weight=1.0", "must be 0 with scope"),
     ({"position_weight": -0.5}, ValueError, "position_weight=-0.5", "in [0, 1000000.0]"),
     ({"seed": -1}, ValueError, "seed=-1", "in [0, 2147483647]"),
     ({"initial_labels": 7}, TypeError, "initial_labels=7", "a mapping of layer names to labels, or the path"),
@@ -242,6 +244,16 @@ FITS = [
 ]
 
 
+@pytest.mark.parametrize("shape", [(4, 8, 8), (8, 64)])
+def test_labels_that_do_not_fit_a_stage_are_told_in_the_first_step(shape):
+    labels = {"model.layer1": torch.zeros(shape, dtype=torch.int64)}
+    callback = DropCluster("layer1", 0.5, initial_labels=labels, start=0.5)
+    trainer = make_trainer(callback)
+    with pytest.raises(ValueError, match=r"labels of layer 'model.layer1', a table of shape .* \(8, 8, 8\)"):
+        trainer.fit(Classifier(), make_loader())
+    assert trainer.global_step == 0
+
+
 @pytest.mark.parametrize("case", FITS, ids=lambda case: case_id(case[0]))
 def test_fits(case, loader):
     options, make_module, error, *parts = case
@@ -283,7 +295,10 @@ def test_a_start_after_the_end_is_warned_of(loader):
         make_trainer(DropCluster("conv1", start=9), max_epochs=2).fit(Classifier(), loader)
 
 
-def test_a_trainer_without_a_train_dataloader():
+def test_a_trainer_without_a_train_dataloader(monkeypatch):
+    # After an error Lightning would leave the DataLoader of all later tests as it has replaced it.
+    place = "pytorch_lightning.trainer.connectors.data_connector._replace_dunder_methods"
+    monkeypatch.setattr(place, lambda *_: nullcontext())
     module = Classifier()
     hooks = count_hooks(module)
     with pytest.raises(Exception, match="train_dataloader"):
@@ -336,6 +351,11 @@ def test_a_checkpoint_without_labels_is_no_source_of_labels(tmp_path):
         (lambda: plot_history(LABELS), TypeError, "history: must be a list of .*, not one Tensor"),
         (lambda: plot_history({"conv": LABELS}), TypeError, "history: must be a list of .*, not one dict"),
         (lambda: plot_overlay(LABELS, [[0.0]]), TypeError, "image: must be a tensor of real numbers, not "),
+        (
+            lambda: find_layers(nn.Sequential(nn.Linear(1, 1)), ["conv"]),
+            ValueError,
+            "there is no layer 'conv' in Sequential",
+        ),
         (
             lambda: find_layers(LABELS, ["conv"]),
             TypeError,
