@@ -1,4 +1,4 @@
-"""DropCluster for PyTorch Lightning: drop learned clusters of features in any timm model with one callback."""
+"""DropCluster for PyTorch Lightning: drop learned clusters of features in any timm model by a callback."""
 
 from importlib import import_module
 from importlib.metadata import version

@@ -30,7 +30,8 @@ class Options:
     Args:
         stage: the name of a file in `stages/`, or the path of another YAML file.
         out: JSON-lines file with the record of each finished run; runs that are in it are not run again.
-        data_dir: see `train.py`.
+        data_dir: see `train.py`. Runs are told apart by their settings, not by this: other images need
+            another file for ``out``.
         weights: a file to take in place of what timm downloads, in stages that start from trained weights.
         jobs: runs at a time, each a process.
         threads: of each run.

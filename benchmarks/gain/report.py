@@ -158,7 +158,7 @@ def differences(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.Data
         if method not in by_method or less not in by_method:
             continue
         both = [by_method[name].drop(columns="method") for name in (method, less)]
-        difference = both[0].sub(both[1]).dropna(how="all")
+        difference = both[0].sub(both[1]).mask(both[0].eq(both[1]) & both[0].eq(inf), inf).dropna(how="all")
         if len(difference):
             spelled = difference.apply(spell, sign="+")
             rows.append({"difference": f"{method} less {less}", "pairs": str(len(difference)), **spelled})

@@ -95,9 +95,11 @@ def count_clusters(labels: Tensor) -> Tensor:
 def append_positions(profiles: Tensor, grid: tuple[int, ...], weight: float) -> Tensor:
     """Append scaled grid positions to the profiles (B, F, D), so that near items cluster more readily.
 
-    The weight is the distance between opposite ends of the grid's longest side. Dead items stay zero.
+    The weight is the distance between opposite ends of the grid's longest side. Items may be several grids,
+    one after the other. Dead items stay zero.
     """
     positions = grid_positions(grid, profiles.device) * (weight / max(1, max(grid) - 1))
+    positions = positions.repeat(profiles.shape[1] // len(positions), 1)
     alive = is_alive(profiles)[:, :, None]
     return torch.cat([profiles, positions * alive], dim=2)
 

@@ -98,7 +98,7 @@ def _cluster(
     grid = sketch.scope.grid(sketch.shape)
     points = profiles
     if grouping.position_weight > 0.0 and grid:
-        points = append_positions(profiles, grid, grouping.position_weight)
+        points = append_positions(profiles, sketch.shape[1:], grouping.position_weight)
     count = grouping.clusters_for(sketch.shape)
     if old is not None:
         old = old.long().clamp(max=count - 1)

@@ -40,6 +40,11 @@ def warnings_for(name: str, counts: Tensor, shape: Shape, grouping: Grouping) ->
             f"{fewer} of {len(counts)} clusterings, to {int(counts.min())} at the least"
         )
     items = SCOPES[grouping.scope].problems(shape)[1]
+    if grouping.num_clusters is None and grouping.is_capped(shape):
+        yield (
+            f"layer {name!r}: with scope={grouping.scope!r} there are {wanted} clusters at most, so "
+            f"cluster_size becomes {items / wanted:.0f}"
+        )
     if grouping.num_clusters is None and wanted == 1 < items:
         yield (
             f"layer {name!r}: with outputs of shape {shape} and scope={grouping.scope!r} one cluster "

@@ -112,9 +112,20 @@ class Grouping:
         if self.cluster_size is not None:
             self.cluster_size = check_number("cluster_size", self.cluster_size, 1)
         self.position_weight = check_number("position_weight", self.position_weight, 0, _MAX_POSITION_WEIGHT)
+        if self.position_weight and self.scope == "channel":
+            raise ValueError(
+                f"position_weight={self.position_weight!r}: must be 0 with scope='channel', where whole maps "
+                "are clustered, which have no position"
+            )
 
     def clusters_for(self, shape: Shape) -> int:
         """Return K: 1 to the number of items, at most 4,096 where the scope is the whole layer."""
         items = SCOPES[self.scope].problems(shape)[1]
-        wanted = self.num_clusters or max(1, round(items / (self.cluster_size or _CLUSTER_SIZE)))
-        return min(wanted, items, _MAX_LAYER_CLUSTERS if self.scope == "layer" else items)
+        return min(self._wanted(items), items, _MAX_LAYER_CLUSTERS if self.scope == "layer" else items)
+
+    def is_capped(self, shape: Shape) -> bool:
+        """Whether a layer gets fewer, and so larger, clusters than ``cluster_size`` asks for."""
+        return self._wanted(SCOPES[self.scope].problems(shape)[1]) > self.clusters_for(shape)
+
+    def _wanted(self, items: int) -> int:
+        return self.num_clusters or max(1, round(items / (self.cluster_size or _CLUSTER_SIZE)))

@@ -226,7 +226,9 @@ class Sketch(nn.Module):
         row = (sample[:, None] * self.observations + torch.arange(self.observations, device=device)).flatten()
         wanted = (local < self.num_samples).float().repeat_interleave(self.observations)
         turn = row
-        if self.observations > 1:  # else a channel would have the same columns in all samples where D divides C
+        if (
+            self.observations > 1
+        ):  # else a channel would have the same columns in all samples where D divides C
             turn = row + _mix((row // self.sketch_dim) & _WORD)
         return wanted, turn % self.sketch_dim, _signs(row, self.key) * wanted
 

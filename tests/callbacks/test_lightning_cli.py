@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import pytorch_lightning as pl
+import yaml
 from fits import Classifier, make_loader, make_trainer, tiny_resnet
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -82,10 +83,17 @@ def test_yaml(namespace, tmp_path, monkeypatch):
     ran = cli.LightningCLI(
         Module,
         Data,
-        save_config_callback=None,
         seed_everything_default=False,
-        args=["fit", "--config", str(tmp_path / "config.yaml")],
+        args=[
+            "fit",
+            "--config",
+            str(tmp_path / "config.yaml"),
+            f"--trainer.default_root_dir={tmp_path / 'saved'}",
+        ],
     )
+    saved = yaml.safe_load((tmp_path / "saved" / "config.yaml").read_text())
+    picked = [one["init_args"]["layers"] for one in saved["trainer"]["callbacks"][:2]]
+    assert picked == ["layer[12].*.conv2", ["conv1", "layer3.*.conv1"]]
     first, second = (c for c in ran.trainer.callbacks if isinstance(c, DropCluster))
     assert list(first.labels) == ["model.layer1.0.conv2", "model.layer2.0.conv2"]
     assert list(second.labels) == ["model.conv1", "model.layer3.0.conv1"]

@@ -133,6 +133,11 @@ def test_positions_are_appended_in_units_of_profile_length():
     torch.testing.assert_close(points[:, :, 4:], (grid_positions((3, 5)) * 0.2).expand(2, -1, -1))
 
 
+def test_each_of_several_grids_has_the_same_positions():
+    points = append_positions(torch.ones(1, 30, 4), (3, 5), 1.0)
+    assert torch.equal(points[:, :15], points[:, 15:])
+
+
 def test_dead_items_and_single_points_get_no_position():
     profiles = make_profiles([[1, 0, 1]])
     points = append_positions(profiles, (3,), 1.0)

@@ -1,4 +1,5 @@
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -244,6 +245,14 @@ def test_differences_pair_by_seed():
     assert found["difference"].tolist() == ["a less b"]
     assert found["pairs"].tolist() == ["2"]
     assert found["NLL"][0].startswith("+1.500 ± ")
+
+
+def test_a_pair_that_diverged_in_both_runs_is_no_missing_one():
+    runs = pd.DataFrame(
+        [(name, seed, math.inf if seed == 2 else 1.0) for name in "ab" for seed in range(3)],
+        columns=["method", "seed", "NLL"],
+    )
+    assert differences(runs, [("a", "b")])["NLL"].tolist() == ["diverged"]
 
 
 def cells(stage, records, against=None):
