@@ -225,12 +225,11 @@ class Sketch(nn.Module):
         sample = local * self.world_size + self.rank
         row = (sample[:, None] * self.observations + torch.arange(self.observations, device=device)).flatten()
         wanted = (local < self.num_samples).float().repeat_interleave(self.observations)
-        turn = row
-        if (
-            self.observations > 1
-        ):  # else a channel would have the same columns in all samples where D divides C
-            turn = row + _mix((row // self.sketch_dim) & _WORD)
-        return wanted, turn % self.sketch_dim, _signs(row, self.key) * wanted
+        place = row
+        if self.observations > 1:
+            # Else a channel would keep its columns in all samples where D divides C.
+            place = row + _mix((row // self.sketch_dim) & _WORD)
+        return wanted, place % self.sketch_dim, _signs(row, self.key) * wanted
 
 
 def _host_may_look(x: Tensor) -> bool:
