@@ -78,8 +78,7 @@ def cluster_drop(
         dropped it is zero or the means, never NaN, if ``x`` is finite.
 
     Raises:
-        ValueError: where ``scale`` is a tensor with dimensions, ``fill`` is unknown, or ``keep`` has neither
-            one draw nor one for each channel.
+        ValueError: where ``scale`` is a tensor with dimensions, or ``fill`` is unknown.
 
     Example:
         >>> x, labels = torch.tensor([[[1.0, 3.0, 5.0, 9.0]]]), torch.tensor([[0, 0, 1, 1]])
@@ -90,13 +89,7 @@ def cluster_drop(
         tensor([[[0., 4., 7., 7.]]])
     """
     check_choice("fill", fill, FILLS)
-    if keep.shape[1] not in (1, x.shape[1]):
-        raise ValueError(
-            f"keep of shape {tuple(keep.shape)}: must be (N or 1, G, K) with G 1 or {x.shape[1]}"
-        )
     resized = resize_labels(labels, x.shape[2:])
-    if keep.shape[1] > len(resized):  # one partition, of which each map draws for itself
-        resized = resized.expand(keep.shape[1], *resized.shape[1:])
     if scale is None:
         if sizes is None or resized is not labels:
             sizes = cluster_sizes(resized, *keep.shape[1:])

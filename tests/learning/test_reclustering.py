@@ -85,9 +85,9 @@ def test_the_clusterer_sees_profiles_and_grid():
     assert (count, old, grid) == (4, None, (4, 6))
 
 
-def test_a_scope_without_a_grid_gets_none_and_no_positions():
+def test_a_scope_without_a_grid_gets_none():
     spy, sketch = Spy(), make_sketch(scope="channel")
-    cluster_share({"stem": sketch}, {}, spy, Grouping("channel", num_clusters=2, position_weight=1.0))
+    cluster_share({"stem": sketch}, {}, spy, Grouping("channel", num_clusters=2))
     profiles, _, _, grid = spy.calls[0]
     assert torch.equal(profiles, sketch.profiles())
     assert grid is None

@@ -175,19 +175,6 @@ def test_backward_keeps_only_table_labels_and_a_scalar(scale):
     assert sum(saved) == labels.nbytes + keep.nbytes + 4
 
 
-@pytest.mark.parametrize("fill", ["zero", "mean"])
-@pytest.mark.parametrize("scale", [None, 2.0])
-def test_maps_may_draw_for_themselves_from_one_partition(fill, scale):
-    x, labels, keep = torch.randn(3, 4, 5), torch.tensor([[0, 0, 1, 2, 2]]), torch.rand(3, 4, 3) < 0.6
-    shared = cluster_drop(x, labels, keep, fill=fill, scale=scale)
-    assert torch.equal(shared, cluster_drop(x, labels.repeat(4, 1), keep, fill=fill, scale=scale))
-
-
-def test_a_table_for_some_of_the_channels_is_refused():
-    with pytest.raises(ValueError, match=r"keep of shape \(3, 2, 3\): must be .* 1 or 4"):
-        cluster_drop(torch.randn(3, 4, 5), torch.zeros(1, 5).long(), torch.ones(3, 2, 3).bool())
-
-
 def test_a_scale_given_as_tensor_equals_the_number():
     problem = make_problem()
     assert torch.equal(cluster_drop(*problem, scale=torch.tensor(1.25)), cluster_drop(*problem, scale=1.25))
