@@ -144,7 +144,6 @@ def test_averaged_weights_come_with_clean_averages(averaging, listed_first):
     assert excess(fit(*(callbacks if listed_first else callbacks[::-1]), max_epochs=30)) < TOLERANCE
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_one_callback_that_keeps_them_clean_is_enough():
     first = StructuredDropout("conv1", SpatialDropout(0.5), **OPTIONS)
     second = StructuredDropout("conv2", SpatialDropout(0.5), clean_statistics=False, **OPTIONS)
@@ -152,6 +151,7 @@ def test_one_callback_that_keeps_them_clean_is_enough():
     assert excess(fit(second, first)) < TOLERANCE
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_every_validation_and_checkpoint_sees_clean_averages(tmp_path):
     seen = []
 

@@ -310,25 +310,23 @@ def test_numbers_of_numpy_become_plain_ones(start):
     assert {type(value) for value in (*entries.values(), *entries["began"])} == {int, bool, list}
 
 
-def test_with_another_interval_a_resumed_run_reclusters_at_once_and_keeps_its_ramp():
-    def position(epoch):
-        return TrainingPosition(epoch, 4 * epoch, 0, 4, max_epochs=40, max_steps=-1)
+def at_epoch(epoch):
+    return TrainingPosition(epoch, 4 * epoch, 0, 4, max_epochs=40, max_steps=-1)
 
+
+def test_with_another_interval_a_resumed_run_reclusters_at_once_and_keeps_its_ramp():
     before, after = Schedule(4, linear, every_n_epochs=1), Schedule(4, linear, every_n_epochs=5)
     for epoch in range(20):
-        before.advance(position(epoch))
+        before.advance(at_epoch(epoch))
     after.load_state_dict(before.state_dict())
-    due = [epoch for epoch in range(20, 31) if after.advance(position(epoch))[1]]
+    due = [epoch for epoch in range(20, 31) if after.advance(at_epoch(epoch))[1]]
     assert due == [20, 25, 30]
-    assert after.advance(position(31))[0] == before.advance(position(31))[0]
+    assert after.advance(at_epoch(31))[0] == before.advance(at_epoch(31))[0]
 
 
 def test_a_run_resumed_with_0_keeps_its_clusters():
-    def position(epoch):
-        return TrainingPosition(epoch, 4 * epoch, 0, 4, max_epochs=40, max_steps=-1)
-
     before, after = Schedule(4, linear, every_n_epochs=1), Schedule(4, linear, every_n_epochs=0)
     for epoch in range(20):
-        before.advance(position(epoch))
+        before.advance(at_epoch(epoch))
     after.load_state_dict(before.state_dict())
-    assert not any(after.advance(position(epoch))[1] for epoch in range(20, 40))
+    assert not any(after.advance(at_epoch(epoch))[1] for epoch in range(20, 40))
