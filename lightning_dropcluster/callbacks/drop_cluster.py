@@ -18,7 +18,7 @@ from lightning_dropcluster.callbacks.schedule import Schedule
 from lightning_dropcluster.checks import check_bool, check_number
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, TorchKMeans
 from lightning_dropcluster.clustering.protocol import check_clusterer
-from lightning_dropcluster.layers.selection import Layers, LayerTypes
+from lightning_dropcluster.layers.selection import CONV_LAYERS, Layers, LayerTypes
 from lightning_dropcluster.learning.checkpoints import read_initial_labels
 from lightning_dropcluster.learning.clusters import Clusters
 from lightning_dropcluster.learning.learner import ClusterLearner
@@ -233,7 +233,9 @@ class DropCluster(LayerCallback):
             self._pictures = PictureLog(self.scope)
 
     def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        try_clusterer(self._layers.clusterer, self._layers.grouping, pl_module.device)
+        convs = [layer for layer in self._hooked.values() if isinstance(layer, CONV_LAYERS)]
+        dims = max((len(conv.kernel_size) for conv in convs), default=2)
+        try_clusterer(self._layers.clusterer, self._layers.grouping, pl_module.device, dims)
         self._check_initial_labels()
         is_new = trainer.global_step == 0 or self._layers.is_untouched
         if is_new and _is_untouched(self._loaded):

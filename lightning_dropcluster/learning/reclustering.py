@@ -74,14 +74,18 @@ def cluster_share(
     return shares
 
 
-def try_clusterer(clusterer: Clusterer, grouping: Grouping, device: torch.device) -> None:
+def try_clusterer(
+    clusterer: Clusterer, grouping: Grouping, device: torch.device, spatial_dims: int = 2
+) -> None:
     """Let a clusterer solve a tiny problem, cold and warm, so that a faulty one fails now, not later.
 
-    One that takes memory for itself on the device takes it now, before training fills it. Where that is
-    full already, it has another try when there is something to cluster.
+    The problem is that of a conv with 1 to 3 spatial dimensions. A clusterer that takes memory for itself on
+    the device takes it now, before training fills it. Where that is full already, it has another try when
+    there is something to cluster.
     """
-    sketch = Sketch((4, 3, 4), scope=grouping.scope, num_samples=8, device=device)
-    sketch.update(torch.randn(8, 4, 3, 4, generator=torch.Generator().manual_seed(0)))
+    shape = 4, *((12,), (3, 4), (3, 2, 2))[spatial_dims - 1]
+    sketch = Sketch(shape, scope=grouping.scope, num_samples=8, device=device)
+    sketch.update(torch.randn(8, *shape, generator=torch.Generator().manual_seed(0)))
     few = Grouping(grouping.scope, 3, position_weight=grouping.position_weight)
     try:
         labels = _cluster(sketch, sketch.profiles(), None, clusterer, few)

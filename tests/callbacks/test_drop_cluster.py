@@ -644,19 +644,34 @@ def test_scopes(loader, scope, options):
         assert labels.max() == 1
 
 
+class Signal(nn.Module):
+    def __init__(self, conv, size):
+        super().__init__()
+        self.conv, self.size = conv, size
+
+    def forward(self, x):
+        return self.conv(x.flatten(1)[:, :64].reshape(len(x), 1, *self.size)).flatten(2).mean(2)
+
+
 def test_one_and_three_dimensional_convs():
-    class Signal(nn.Module):
-        def __init__(self, conv, size):
-            super().__init__()
-            self.conv, self.size = conv, size
-
-        def forward(self, x):
-            return self.conv(x.flatten(1)[:, :64].reshape(len(x), 1, *self.size)).flatten(2).mean(2)
-
     for conv, size in ((nn.Conv1d(1, 4, 3), (64,)), (nn.Conv3d(1, 4, 3, padding=1), (4, 4, 4))):
         callback = make_callback("conv", start=0.0, num_samples=8)
         make_trainer(callback, max_epochs=2).fit(Classifier(Signal(conv, size)), make_loader())
         assert callback.labels["model.conv"].ndim == len(size) + 1
+
+
+def test_a_clusterer_that_does_not_take_volumes_is_refused_before_training():
+    class OfMaps(TorchKMeans):
+        def fit(self, profiles, num_clusters, init_labels=None, grid=None):
+            if len(grid) > 2:
+                raise ValueError("no volumes")
+            return super().fit(profiles, num_clusters, init_labels, grid)
+
+    model = Classifier(Signal(nn.Conv3d(1, 4, 3, padding=1), (4, 4, 4)))
+    trainer = make_trainer(make_callback("conv", clusterer=OfMaps()))
+    with pytest.raises(ValueError, match="no volumes"):
+        trainer.fit(model, make_loader())
+    assert trainer.global_step == 0
 
 
 def test_detection_like_models_call_a_layer_many_times(loader):

@@ -184,6 +184,13 @@ def test_a_trial_that_finds_no_memory_lets_training_begin(error):
         try_clusterer(Fails(), Grouping(), CPU)
 
 
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_trial_is_on_a_grid_with_the_dimensions_of_the_layers(dims):
+    spy = Spy()
+    try_clusterer(spy, Grouping(), CPU, dims)
+    assert {len(grid) for *_, grid in spy.calls} == {dims}
+
+
 def test_layers_start_with_another_rank_each(monkeypatch):
     sketches = {name: make_sketch((1, 6)) for name in "abc"}
     for rank in range(3):
