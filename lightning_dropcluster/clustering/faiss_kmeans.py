@@ -41,11 +41,11 @@ class FaissKMeans(FaissLloyd):
         """Group the items of B independent problems, every value finite; see `TorchKMeans.fit`."""
         if profiles.is_cuda and faiss.get_num_gpus() > 0:
             return super().fit(profiles, num_clusters, init_labels, grid)
-        start, max_iter = self._start(profiles, num_clusters, init_labels, grid)
         host = profiles.detach().cpu().float().contiguous()
         alive, found = is_alive(host), torch.zeros(host.shape[:2], dtype=torch.int64)
         points, lives, labels = host.numpy(), alive.numpy(), found.numpy()
-        means = None if start is None else self._means(host, alive, start.cpu(), num_clusters)
+        start, counted, max_iter = self._start(alive, num_clusters, init_labels, grid)
+        means = None if start is None else self._means(host, alive, start, counted, num_clusters)
 
         def fit_some(problems: NDArray[np.int64]) -> None:
             for index in problems:
@@ -63,13 +63,15 @@ class FaissKMeans(FaissLloyd):
             list(pool.map(fit_some, np.array_split(np.arange(len(points)), _PARTS * workers)))
         return repair(host, alive, found, num_clusters, self.min_share, self.max_share).to(profiles.device)
 
-    def _means(self, points: Tensor, alive: Tensor, labels: Tensor, num_clusters: int) -> Points:
-        """Average the clusters to start from, (B, K, D); random points stand in for empty ones."""
-        sums, sizes = add_up(points, alive, labels, num_clusters)
+    def _means(
+        self, points: Tensor, alive: Tensor, labels: Tensor, counted: Tensor, num_clusters: int
+    ) -> Points:
+        """Average what counts in the clusters to start from, (B, K, D); random points stand in for none."""
+        sums, sizes = add_up(points, counted, labels, num_clusters)
         means = (sums / sizes[:, :, None]).numpy()
-        rng = np.random.default_rng(self.seed)
         for index in ((sizes == 0).any(1) & (alive.sum(1) > num_clusters)).nonzero().flatten().tolist():
             empty, live = (sizes[index] == 0).numpy(), points[index, alive[index]].numpy()
+            rng = np.random.default_rng(self.seed)  # anew, so that problems do not depend on each other
             means[index, empty] = rng.choice(live, empty.sum(), replace=False)
         return means
 

@@ -12,14 +12,16 @@ from lightning_dropcluster.clustering.repair import repair
 from lightning_dropcluster.clustering.tiles import tile
 
 _FAR = 1e4  # profiles have unit length, so nothing is ever assigned to a centroid out here
+_FEW = 6  # items in a cluster below which each weighs so much in their mean that none would leave it
 
 
 class TorchKMeans:
     """K-means by Lloyd's iterations in torch, all problems of a block together.
 
-    A cold start is from the tiles of the grid (see `tile`), from random items where there is no grid. A warm
-    start needs few iterations: one from the labels of an earlier window already gives better clusters than a
-    whole cold start (benchmarks/README.md).
+    A cold start is from the means of the grid's tiles (see `tile`), from a random item of each where tiles
+    have fewer than 6 items, and from random items where there is no grid. A warm start needs few iterations:
+    one from the labels of an earlier window already gives better clusters than a whole cold start
+    (benchmarks/README.md).
 
     Args:
         max_iter: iterations at most from a cold start.
@@ -78,9 +80,9 @@ class TorchKMeans:
         Returns:
             int64 labels (B, F) on the profiles' device.
         """
-        start, max_iter = self._start(profiles, num_clusters, init_labels, grid)
         alive = is_alive(profiles)
-        means = _starting_centroids(profiles, alive, num_clusters, start, self.seed)
+        start, counted, max_iter = self._start(alive, num_clusters, init_labels, grid)
+        means = _starting_centroids(profiles, alive, num_clusters, start, counted, self.seed)
         points, lives, going = profiles, alive, torch.arange(len(profiles), device=profiles.device)
         labels, distances = self._assign(points, means)
         inertia, found = (distances * lives).sum(1), torch.empty_like(labels)
@@ -104,21 +106,37 @@ class TorchKMeans:
         return assign_nearest(points, means)
 
     def _start(
-        self, profiles: Tensor, num_clusters: int, init_labels: Tensor | None, grid: tuple[int, ...] | None
-    ) -> tuple[Tensor | None, int]:
-        """Return the labels (B, F) to start from, if any, and the iterations to do at most."""
+        self, alive: Tensor, num_clusters: int, init_labels: Tensor | None, grid: tuple[int, ...] | None
+    ) -> tuple[Tensor | None, Tensor, int]:
+        """Return the labels (B, F) to start from, if any, which items count, and the iterations at most."""
         if init_labels is not None:
-            return init_labels.to(profiles.device, torch.int64), self.warm_iter
+            return init_labels.to(alive.device, torch.int64), alive, self.warm_iter
         if grid is None:
-            return None, self.max_iter
-        tiles = tile(grid, min(num_clusters, profiles.shape[1])).to(profiles.device)
-        return tiles.expand(profiles.shape[:2]), self.max_iter
+            return None, alive, self.max_iter
+        items = alive.shape[1]
+        tiles = tile(grid, min(num_clusters, items)).to(alive.device).expand(alive.shape)
+        counted = _one_of_each(tiles, alive, self.seed) if items < _FEW * num_clusters else alive
+        return tiles, counted, self.max_iter
+
+
+def _one_of_each(labels: Tensor, alive: Tensor, seed: int) -> Tensor:
+    """Mark one random live item of each cluster, (B, F)."""
+    generator = torch.Generator().manual_seed(seed)
+    turn = torch.randperm(labels.shape[1], generator=generator).to(labels.device)
+    turns = torch.where(alive, turn, len(turn))
+    first = turns.new_full(labels.shape, len(turn)).scatter_reduce(1, labels, turns, "amin")
+    return alive & (turns == first.gather(1, labels))
 
 
 def _starting_centroids(
-    profiles: Tensor, alive: Tensor, num_clusters: int, init_labels: Tensor | None, seed: int
+    profiles: Tensor,
+    alive: Tensor,
+    num_clusters: int,
+    init_labels: Tensor | None,
+    counted: Tensor,
+    seed: int,
 ) -> Tensor:
-    """Take random live points, or the means of the old clusters where those have members."""
+    """Take random live points, or the means of what counts in the old clusters where those have members."""
     generator = torch.Generator().manual_seed(seed)
     score = torch.rand(profiles.shape[1], generator=generator).to(profiles.device)
     order = (score + 2.0 * ~alive).argsort(dim=1)[:, :num_clusters]
@@ -126,7 +144,7 @@ def _starting_centroids(
     means = torch.where(alive.gather(1, order)[:, :, None], means, _FAR)
     if init_labels is None:
         return means
-    return _update(profiles, alive, init_labels, means)
+    return _update(profiles, counted, init_labels, means)
 
 
 def _update(profiles: Tensor, alive: Tensor, labels: Tensor, means: Tensor) -> Tensor:

@@ -168,6 +168,22 @@ def test_a_cold_start_from_tiles_ends_lower_where_neighbours_are_alike(kmeans, d
     assert inertia(profiles.cpu(), tiled) < 0.99 * inertia(profiles.cpu(), random)
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_small_clusters_do_not_stay_the_tiles_of_the_start(kmeans, device, size):
+    profiles = F.normalize(torch.randn(6, 64, 64, generator=torch.Generator().manual_seed(0)), dim=2)
+    tiled, random = (kmeans().fit(profiles.to(device), 64 // size, grid=g).cpu() for g in ((8, 8), None))
+    assert inertia(profiles, tiled) < 1.05 * inertia(profiles, random)
+
+
+@pytest.mark.parametrize("num_clusters", [4, 40])
+def test_problems_are_clustered_as_if_alone(kmeans, device, num_clusters):
+    profiles, _ = make_planted(8, items=120)
+    profiles.unflatten(1, (10, 12))[:, :, 7:] = 0
+    profiles = profiles.to(device)
+    alone = [kmeans().fit(some, num_clusters, grid=(10, 12)) for some in profiles.split(1)]
+    assert torch.equal(kmeans().fit(profiles, num_clusters, grid=(10, 12)), torch.cat(alone))
+
+
 def test_a_warm_start_from_fewer_clusters_fills_up(kmeans, device):
     profiles, truth = make_planted(8)
     labels = fit(kmeans(), profiles, 8, device, old=truth.clamp(max=4))
