@@ -153,6 +153,32 @@ def test_ranks_keep_clean_averages_and_drop_alike(tmp_path):
     assert first["auto"] == second["auto"] > 0.1
 
 
+def train_with_a_loud_batch(world_size: int) -> list[float]:
+    """Show the second rank alone a loud batch, in the last step before dropping begins."""
+
+    class Loud(Classifier):
+        def training_step(self, batch, batch_idx):
+            (x, y), is_loud = batch, (batch_idx, ranks.rank()) == (8, 1)
+            return super().training_step((30 * x if is_loud else x, y), batch_idx)
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *rest):
+            lowest.append(min(float(b.min()) for n, b in pl_module.named_buffers() if n.endswith("_var")))
+
+    lowest: list[float] = []
+    pl.seed_everything(0, verbose=False)
+    callback = StructuredDropout(LAYERS, SpatialDropout(), 0.3, start=0.5)
+    trainer = make_trainer(callback, Watch(), max_epochs=1, **ddp(world_size))
+    trainer.fit(Loud(), make_loader(128, 4))
+    return lowest
+
+
+def test_variances_stay_positive_where_ranks_saw_different_batches(tmp_path):
+    for lowest in run_ranks(train_with_a_loud_batch, 2, tmp_path, 2):
+        assert len(lowest) == 16
+        assert min(lowest) > 0.0
+
+
 def still(world_size: int, batch_size: int, sketch_dim: int) -> dict:
     """Train with a learning rate of 0, so that every run sees the same activations in the stem."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_dropcluster.callbacks import advice, training
 from lightning_dropcluster.callbacks.base import LayerCallback, check_drop_prob
@@ -18,7 +19,7 @@ from lightning_dropcluster.callbacks.schedule import Schedule
 from lightning_dropcluster.checks import check_bool, check_number
 from lightning_dropcluster.clustering import Clusterer, FaissKMeans, TorchKMeans
 from lightning_dropcluster.clustering.protocol import check_clusterer
-from lightning_dropcluster.layers.selection import CONV_LAYERS, Layers, LayerTypes
+from lightning_dropcluster.layers.selection import Layers, LayerTypes
 from lightning_dropcluster.learning.checkpoints import read_initial_labels
 from lightning_dropcluster.learning.clusters import Clusters
 from lightning_dropcluster.learning.learner import ClusterLearner
@@ -233,7 +234,7 @@ class DropCluster(LayerCallback):
             self._pictures = PictureLog(self.scope)
 
     def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        convs = [layer for layer in self._hooked.values() if isinstance(layer, CONV_LAYERS)]
+        convs = [layer for layer in self._hooked.values() if isinstance(layer, _ConvNd)]
         dims = max((len(conv.kernel_size) for conv in convs), default=2)
         try_clusterer(self._layers.clusterer, self._layers.grouping, pl_module.device, dims)
         self._check_initial_labels()

@@ -61,7 +61,7 @@ class NormStatistics:
 
     def are_moving(self) -> bool:
         """Whether any layer takes new averages in training."""
-        return any(norm.training for norm in self._norms)
+        return any(_moves(norm) for norm in self._norms)
 
     def begin_step(self, drops: bool) -> None:
         """Let a step begin; every callback says whether it drops in it."""
@@ -74,8 +74,10 @@ class NormStatistics:
         self._depth += 1
         if not self._is_open or self._is_noted:
             return
-        self._moving = [norm for norm in self._norms if norm.training and not _is_lazy(norm)]
+        self._moving = [norm for norm in self._norms if _moves(norm) and not _is_lazy(norm)]
         now = self._buffers()
+        if self._drops and not self.left_out:
+            _make_equal(now)
         if [_kind(b) for b in now] != [_kind(b) for b in self._before]:
             self._before = [torch.empty_like(buffer) for buffer in now]
         _copy(now, self._before)
@@ -125,9 +127,7 @@ class NormStatistics:
             return
         old, new = (_flat(side, self._before[0].device) for side in zip(*pairs, strict=True))
         moved = ranks.average_over_ranks(torch.lerp(old, new, self._factors(old != new).to(old.dtype)))
-        targets = [target for _, target in pairs]
-        parts = moved.split([target.numel() for target in targets])
-        _copy([part.view_as(target) for target, part in zip(targets, parts, strict=True)], targets)
+        _write(moved, [target for _, target in pairs])
 
     def _factors(self, has_moved: Tensor) -> Tensor:
         """How much farther each value of each average is to go; 1 where all steps weigh alike.
@@ -159,6 +159,11 @@ def _has_averages(module: nn.Module) -> bool:
     return not is_frozen and any(module._buffers.get(name) is not None for name in _AVERAGES)
 
 
+def _moves(norm: nn.Module) -> bool:
+    """Whether a layer takes new averages; Lightning's BaseFinetuning freezes them in training mode."""
+    return norm.training and getattr(norm, "track_running_stats", True)
+
+
 def _is_lazy(norm: nn.Module) -> bool:
     return any(buffer is not None and is_lazy(buffer) for buffer in norm._buffers.values())
 
@@ -170,6 +175,22 @@ def _averages(norm: nn.Module) -> dict[str, Tensor]:
         for name, buffer in norm._buffers.items()
         if name in (*_AVERAGES, _COUNT, _OTHER_COUNT) and buffer is not None
     }
+
+
+def _make_equal(averages: list[Tensor]) -> None:
+    """Let ranks go on from the same averages.
+
+    Where each kept its own, DDP would still run every step from those of the first rank, and a clean step
+    would not move from what was noted.
+    """
+    floating = [average for average in averages if average.is_floating_point()]
+    if floating and ranks.world_size() > 1:
+        _write(ranks.average_over_ranks(_flat(floating, floating[0].device)), floating)
+
+
+def _write(flat: Tensor, targets: list[Tensor]) -> None:
+    parts = flat.split([target.numel() for target in targets])
+    _copy([part.view_as(target) for target, part in zip(targets, parts, strict=True)], targets)
 
 
 def _flat(averages: Iterable[Tensor], device: torch.device) -> Tensor:
