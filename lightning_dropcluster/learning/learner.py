@@ -21,7 +21,12 @@ from lightning_dropcluster.learning.reports import Report, make_report, warnings
 from lightning_dropcluster.learning.running_profiles import RunningProfiles
 from lightning_dropcluster.learning.scopes import SCOPES, Grouping, Shape
 from lightning_dropcluster.learning.sketch import SketchSettings
-from lightning_dropcluster.learning.troubles import lack_of_memory, sizes_warning, trouble
+from lightning_dropcluster.learning.troubles import (
+    few_samples_warning,
+    lack_of_memory,
+    sizes_warning,
+    trouble,
+)
 from lightning_dropcluster.learning.window import GatheringWindow
 from lightning_dropcluster.methods import ClusterDrop
 
@@ -231,10 +236,14 @@ class ClusterLearner:
         if not sketches and not self.clusters:
             self.open_window()
             return {}
+        for name, sketch in sketches.items():
+            if 2 * (count := int(sketch.count)) < self.sketches.num_samples:
+                message = few_samples_warning(name, count, self.sketches.num_samples)
+                self._warn_once(("few samples", name), message)
         old = {name: self.clusters[name] for name in sketches if name in self.clusters}
         tables = {name: c.table for name, c in old.items() if c.shape == sketches[name].shape}
         with self.waiting as on_progress:
-            settings = (self.clusterer, self.grouping, self._running_profiles, on_progress)
+            settings = (self.clusterer, self.grouping, self._running_profiles, on_progress, self.hooks)
             labels = recluster(lambda: cluster_share(sketches, tables, *settings), self._layers.device)
         self.phase = "idle"
         return {name: self._adopt(name, table, sketches[name].shape) for name, table in labels.items()}

@@ -48,13 +48,16 @@ def cluster_share(
     grouping: Grouping,
     running_profiles: RunningProfiles | None = None,
     on_progress: OnProgress | None = None,
+    layers: Iterable[str] = (),
 ) -> dict[str, Tensor]:
     """Cluster this rank's share, without any collective: int64 labels (B, F), 0 in problems of other ranks.
 
     A layer starts from its old label table, in the shape of its sketch, where there is one. Layers whose
-    problems are alike are clustered together, as far as memory allows.
+    problems are alike are clustered together, as far as memory allows. ``layers`` are all layers, also those
+    without a sketch, so that problems stay with their rank from window to window.
     """
-    blocks = [_Block(n, s, old_tables.get(n), position) for position, (n, s) in enumerate(sketches.items())]
+    places = {name: place for place, name in enumerate(layers or sketches)}
+    blocks = [_Block(name, sketch, old_tables.get(name), places[name]) for name, sketch in sketches.items()]
     shares = {block.name: block.no_labels() for block in blocks}
     running_profiles = running_profiles or RunningProfiles(0.0)
     whole, done = sum(labels.numel() for labels in shares.values()), 0
@@ -148,10 +151,12 @@ class _Block:
         return self.old.reshape(self.problems)[self.mine]
 
     def profiles(self, running_profiles: RunningProfiles) -> Tensor:
-        """Return the profiles (B, F, D), blended with those of earlier windows."""
-        profiles = self.sketch.profiles(self.mine)
+        """Return the profiles (B, F, D), blended with those of earlier windows on the same grid."""
+        profiles, grid = self.sketch.profiles(self.mine), self.sketch.scope.grid(self.sketch.shape)
         seen = int(self.sketch.count) * self.sketch.observations
-        return running_profiles.blend(self.name, profiles, observations=seen, first=self.mine.start)
+        laid_out = profiles.unflatten(1, grid) if grid else profiles
+        blended = running_profiles.blend(self.name, laid_out, observations=seen, first=self.mine.start)
+        return blended.view_as(profiles)
 
 
 def _join(blocks: Iterable[_Block]) -> list[list[_Block]]:

@@ -27,7 +27,7 @@ class RunningProfiles:
         self._profiles.clear()
 
     def blend(self, name: str, profiles: Tensor, *, observations: int, first: int = 0) -> Tensor:
-        """Add a window's profiles (B, F, D) of a layer, and return those of all windows so far, of its shape.
+        """Add a window's profiles (B, *grid, D), and return those of all windows so far of that shape.
 
         Fewer observations than D fill the first columns alone, and what was kept moves out of their way.
         ``first`` is the first of these problems in the layer; what was kept of others is forgotten. An item
@@ -37,8 +37,8 @@ class RunningProfiles:
             return profiles
         where, before = self._profiles.get(name, (first, None))
         if before is not None and where == first and before.shape == profiles.shape:
-            blended = before.to(profiles.device).roll(observations, dims=2) * self.momentum**0.5
-            profiles = F.normalize(blended.add_(profiles, alpha=(1.0 - self.momentum) ** 0.5), dim=2)
+            blended = before.to(profiles.device).roll(observations, dims=-1) * self.momentum**0.5
+            profiles = F.normalize(blended.add_(profiles, alpha=(1.0 - self.momentum) ** 0.5), dim=-1)
         self._profiles[name] = (first, profiles)
         return profiles
 

@@ -14,7 +14,7 @@ from lightning_dropcluster.learning.scopes import SCOPES, Shape
 _WORD = 0xFFFFFFFF
 _HUGE = 1e18  # squares of larger values overflow
 _SLICE = 2**21  # values that stay in the cache of a CPU while they are added
-_TINY = torch.finfo(torch.float32).tiny
+_TINY = 1e-18  # squares of smaller values underflow
 _Number = TypeVar("_Number", int, Tensor)
 
 
@@ -60,13 +60,13 @@ class Sketch(nn.Module):
     """A random projection of all response profiles of a layer, added up batch by batch.
 
     Clustering by correlation needs only inner products of centred profiles, and a random projection keeps
-    those. Here the i-th observation is added, with a random sign, to column ``i mod D``: the count sketch
+    those. Here each observation is added, with a random sign, to one of D columns: the count sketch
     (Charikar et al. 2002; "Feature hashing", https://arxiv.org/abs/0902.2206), whose inner products have the
-    variance of dense random signs at 1 / D of the work. Columns take turns instead of being drawn, so that
-    up to D observations each have a column of their own and the sketch is then exact. Where a sample brings
-    several observations, each turn begins at a column drawn by a hash, the first at 0. The sums of the values
-    are kept beside it; with the columns' own sums the centring is exact. Sketches of batches and of ranks
-    add up.
+    variance of dense random signs at 1 / D of the work. In each round of D observations all columns take
+    their turn, so that up to D observations each have a column of their own and the sketch is then exact. A
+    round begins at a column drawn by a hash, the first at 0: else observations that come round again, as the
+    channels of a sample, would fill few columns. The sums of the values are kept beside it; with the columns'
+    own sums the centring is exact. Sketches of batches and of ranks add up.
 
     Values are held relative to the first observation: an item that never changes is then zero to the last
     bit, and large means cost no precision.
@@ -161,24 +161,28 @@ class Sketch(nn.Module):
         if not _host_may_look(x):
             rows.masked_fill_(wanted[:, None] == 0, 0.0)  # surplus samples, as 0 x inf is NaN
         self.sums.addmv_(rows.T, wanted)
-        self.moments.index_add_(0, columns, rows.mul_(signs[:, None]))
-        self.column_sums.index_add_(0, columns, signs)
+        if _adds_in_order(x):
+            self.moments.index_add_(0, columns, rows.mul_(signs[:, None]))
+            self.column_sums.index_add_(0, columns, signs)
+        else:
+            spread = rows.new_zeros(len(rows), self.sketch_dim).scatter_(1, columns[:, None], signs[:, None])
+            self.moments.addmm_(spread.T, rows)
+            self.column_sums.add_(spread.sum(0))
 
     def _rows(self, x: Tensor) -> Tensor:
         """Lay samples out as observations (N * observations, items)."""
         return self.scope.rows(x.reshape(len(x), self.shape[0], math.prod(self.shape[1:])))
 
     def _part_size(self, x: Tensor) -> int:
-        """How many samples to add at a time: on a CPU, what fits its cache.
+        """How many samples to add at a time: on a CPU, what fits its cache; elsewhere a quarter.
 
-        Elsewhere a quarter, and no more than there are columns: where rows share none, no addition has to
-        wait for another, and their order cannot tell. Compiled code makes no copies to save.
+        Compiled code makes no copies to save.
         """
         if torch.compiler.is_compiling():
             return len(x)
         if x.device.type == "cpu":
             return max(1, _SLICE // math.prod(self.shape))
-        return min(-(-len(x) // 4), self.sketch_dim)
+        return -(-len(x) // 4)
 
     def merge(self) -> None:
         """Add up over all ranks, in place; every rank must call this, for the same layers in order."""
@@ -205,7 +209,7 @@ class Sketch(nn.Module):
     def profiles(self, problems: slice = slice(None)) -> Tensor:
         """Return the centred profiles (B, F, D) of some problems: squared distances are 2 - 2 x correlation.
 
-        They have unit length, but for items that never changed, which are zero.
+        They have unit length, but for items that never changed, which are zero, and those that hardly did.
         """
         num_problems, items = self.scope.problems(self.shape)
         block = slice(*(items * bound for bound in problems.indices(num_problems)[:2]))
@@ -225,16 +229,18 @@ class Sketch(nn.Module):
         sample = local * self.world_size + self.rank
         row = (sample[:, None] * self.observations + torch.arange(self.observations, device=device)).flatten()
         wanted = (local < self.num_samples).float().repeat_interleave(self.observations)
-        place = row
-        if self.observations > 1:
-            # Else a channel would keep its columns in all samples where D divides C.
-            place = row + _mix((row // self.sketch_dim) & _WORD)
-        return wanted, place % self.sketch_dim, _signs(row, self.key) * wanted
+        columns = (row + _mix((row // self.sketch_dim) & _WORD)) % self.sketch_dim
+        return wanted, columns, _signs(row, self.key) * wanted
 
 
 def _host_may_look(x: Tensor) -> bool:
     """Whether values are at hand, so that nothing waits for them."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _adds_in_order(x: Tensor) -> bool:
+    """Whether additions by index come in order, so that sums are the same each time."""
+    return x.device.type == "cpu"
 
 
 def _signs(index: Tensor, key: Tensor) -> Tensor:

@@ -108,9 +108,9 @@ def _check_running_profiles(memory: Any) -> None:
     what = "state_dict['memory']"
     _require_mapping(what, memory)
     for name, profiles in memory.items():
-        is_table = isinstance(profiles, Tensor) and profiles.dtype == torch.float32 and profiles.ndim == 3
+        is_table = isinstance(profiles, Tensor) and profiles.dtype == torch.float32 and profiles.ndim >= 3
         if not is_table or not profiles.isfinite().all():
-            raise ValueError(f"{what}: profiles of layer {name!r} must be finite float32 numbers (B, F, D)")
+            raise ValueError(f"{what}: profiles of layer {name!r} must be finite float32 numbers (B, *, D)")
 
 
 def _require_entries(what: str, value: Any, entries: tuple[str, ...]) -> None:

@@ -46,6 +46,14 @@ def sizes_warning(num_samples: int) -> str:
     )
 
 
+def few_samples_warning(name: str, count: int, num_samples: int) -> str:
+    """Say that a layer was clustered from much less than was asked for."""
+    return (
+        f"layer {name!r} ran in few of the steps, so it is clustered from {count} samples instead of "
+        f"num_samples={num_samples}; raise num_samples if that is too few"
+    )
+
+
 def _of_memory(
     names: Iterable[str],
     hooks: Mapping[str, LayerHook],

@@ -84,3 +84,22 @@ def test_audio_of_any_length_is_clustered(scope):
             Classifier(nn.Sequential(*layers)), DataLoader(batches, batch_size=None)
         )
     assert callback.labels["model.0"].shape[0] == 8
+
+
+def test_a_layer_that_runs_in_few_steps_is_told_of_once(loader):
+    class Now(nn.Module):
+        """A net whose second conv runs in each third call."""
+
+        def __init__(self):
+            super().__init__()
+            self.convs, self.head, self.calls = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in "ab"), small(), 0
+
+        def forward(self, x):
+            self.calls += 1
+            x = self.convs[0](x)
+            return self.head(self.convs[1](x) if self.calls % 3 == 1 else x)
+
+    callback = DropCluster("convs.*", 0.5, start=0.0, num_samples=24, num_clusters=4, every_n_epochs=1)
+    with pytest.warns(UserWarning, match="layer 'model.convs.1' ran in few of the steps") as all:
+        make_trainer(callback).fit(Classifier(Now()), loader)
+    assert sum("in few of the steps" in str(one.message) for one in all) == 1

@@ -200,6 +200,16 @@ def test_layers_start_with_another_rank_each(monkeypatch):
         assert len(spy.calls) == 1
 
 
+def test_problems_stay_with_their_rank_where_another_layer_is_left_out(monkeypatch):
+    sketches = {name: make_sketch((1, 6)) for name in "abc"}
+    for rank in range(2):
+        pretend_rank(monkeypatch, rank, 2)
+        whole, part = Spy(), Spy()
+        cluster_share(sketches, {}, whole, Grouping(), layers="abc")
+        cluster_share({"a": sketches["a"], "c": sketches["c"]}, {}, part, Grouping(), layers="abc")
+        assert [len(spy.calls) for spy in (whole, part)] == ([1, 0] if rank == 0 else [1, 1])
+
+
 def test_the_labels_are_those_of_the_work():
     labels = torch.tensor([[0, 1, 1]])
     assert recluster(lambda: {"stem": labels}, CPU) == {"stem": labels}

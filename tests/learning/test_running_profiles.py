@@ -105,3 +105,18 @@ def test_small_windows_find_planted_clusters_only_with_a_memory():
 
     assert agreement(0.0) < 0.5
     assert agreement(0.9) > 0.6  # 0.69 where k-means splits one of the six and merges two
+
+
+def test_maps_of_other_proportions_start_again():
+    memory, asked = RunningProfiles(0.5), []
+
+    class Spy(TorchKMeans):
+        def fit(self, profiles, *args, **options):
+            asked.append(profiles)
+            return super().fit(profiles, *args, **options)
+
+    for shape in ((3, 2, 8), (3, 4, 4)):
+        sketch = Sketch(shape, num_samples=8)
+        sketch.update(torch.randn(8, *shape, generator=torch.Generator().manual_seed(0)))
+        cluster_share({"a": sketch}, {}, Spy(), Grouping(), memory)
+        assert torch.equal(asked[-1], sketch.profiles())

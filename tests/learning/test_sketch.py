@@ -245,8 +245,22 @@ def signs(num_samples=400, sketch_dim=100, **options):
 
 
 def test_observations_take_the_columns_in_turns():
-    assert torch.equal(signs().abs().argmax(1), (torch.arange(400) + 1) % 100)
+    columns = signs().abs().argmax(1)
+    assert torch.equal(columns[:99], torch.arange(99) + 1)  # the first column has the first sample
+    starts = columns[99::100]
+    assert torch.equal(columns[99:], (torch.arange(100) + starts[:, None]).flatten()[: 400 - 99] % 100)
+    assert len(starts.unique()) == len(starts)
     assert torch.equal(signs().abs().sum(1), torch.ones(400))
+
+
+@pytest.mark.parametrize("scope", ["map", "layer"])
+@pytest.mark.parametrize("period", [16, 64])
+def test_loud_samples_that_come_round_again_do_not_fill_a_column(scope, period):
+    x = make_x(1024, (4, 4, 4))
+    x[::period] *= 30.0
+    sketch = gather([x], (4, 4, 4), scope=scope, num_samples=1024, sketch_dim=64)
+    errors = inner(sketch.profiles()) - inner(naive_profiles(x, scope))
+    assert errors.square().mean().sqrt() < 0.15
 
 
 @pytest.mark.parametrize(("scope", "loud"), [("position", (0, slice(None))), ("channel", (slice(None), 0))])
@@ -357,13 +371,14 @@ def gather_on(x, scope, device="cpu", num_samples=40):
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("scope", SCOPES)
-def test_without_a_look_at_values_and_in_quarters_the_same_is_gathered(monkeypatch, scope, memory_format):
+def test_as_on_a_gpu_the_same_is_gathered(monkeypatch, scope, memory_format):
     x = torch.randn(72, 3, 4, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
     x[40:] = torch.nan  # beyond those asked for
     x = x.to(memory_format=memory_format)
     here = gather_on(x, scope)
     monkeypatch.setattr(sketch_module, "_host_may_look", lambda x: False)
-    monkeypatch.setattr(Sketch, "_part_size", lambda self, x: min(-(-len(x) // 4), self.sketch_dim))
+    monkeypatch.setattr(sketch_module, "_adds_in_order", lambda x: False)
+    monkeypatch.setattr(Sketch, "_part_size", lambda self, x: -(-len(x) // 4))
     torch.testing.assert_close(gather_on(x, scope), here)
 
 
@@ -380,7 +395,8 @@ def test_a_gpu_gathers_what_a_cpu_does(scope, memory_format):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_on_a_gpu_the_same_is_gathered_each_time():
+@pytest.mark.parametrize("scope", SCOPES)
+def test_on_a_gpu_the_same_is_gathered_each_time(scope):
     x = torch.randn(72, 3, 8, 5)
-    first, second = (gather_on(x, "map", "cuda") for _ in range(2))
+    first, second = (gather_on(x, scope, "cuda") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
