@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from lightning_dropcluster.checks import check_bool, check_number
 from lightning_dropcluster.methods.masking import draw_uniform
 
-_BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1: at 1 what is kept would be scaled without end
-
 
 class Regularizer(nn.Module, ABC):
     """A module x -> x that acts at random in training and is the identity in eval mode.
@@ -106,7 +104,9 @@ class DropRegularizer(Regularizer):
             ValueError: if it is out of range.
         """
         drop_prob = check_number("drop_prob", drop_prob, 0, 1, high_open=True)
-        self.drop_prob.fill_(min(drop_prob, _BELOW_ONE))
+        # At 1, to which its type or float32 may round, what is kept would be scaled without end.
+        eps = max(torch.finfo(kind).eps for kind in (self.drop_prob.dtype, torch.float32))
+        self.drop_prob.fill_(min(drop_prob, 1.0 - eps / 2.0))
 
     def _settings(self) -> dict[str, object]:
         return {"drop_prob": float(f"{self.drop_prob.item():.4g}"), **super()._settings()}

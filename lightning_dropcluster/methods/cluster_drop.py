@@ -118,7 +118,8 @@ class ClusterDrop(DropRegularizer):
         fill: what stands in for a dropped cluster, ``"zero"`` or its own ``"mean"``, see `cluster_drop`. With
             ``"mean"`` the deviations of kept clusters from theirs are scaled by 1 / (1 - drop_prob).
         rescale: only used with ``fill="zero"``: ``"batch"`` scales what is kept by (number of features) /
-            (number kept) over the batch, ``"expected"`` by 1 / (1 - drop_prob).
+            (number kept) over the batch, ``"expected"`` by 1 / (1 - drop_prob). The latter is done as well
+            where one draw of the layer's clusters serves the whole batch: their ratio would depend on it.
         paired: whether the two halves of each batch are to drop different clusters, for the pairs of R-Block:
             see `draw_uniform`. Needs ``per_sample``.
         channel_dim: 1 for activations (N, C, *spatial), -1 for (N, *spatial, C). Then labels (C, H, W) also
@@ -236,7 +237,7 @@ class ClusterDrop(DropRegularizer):
         """Find out whether activations are tokens of the grid that the labels have."""
         grid = self.labels.shape[1:]
         before = x.shape[1] - grid.numel()
-        if x.ndim != 3 or len(grid) != 2 or before < 0:
+        if x.ndim != 3 or len(grid) != 2 or grid.numel() == 1 or before < 0:
             return Layout(self.channel_dim)
         return Layout(self.channel_dim, has_tokens=True, num_prefix_tokens=before, grid_size=tuple(grid))
 
@@ -246,7 +247,8 @@ class ClusterDrop(DropRegularizer):
                 f"labels of shape {tuple(self.labels.shape)}: do not fit activations {tuple(x.shape)}"
             )
         shape = (len(x) if self.per_sample else 1, self._num_groups, self.num_clusters)
-        by_batch, mean = self.fill == "zero" and self.rescale == "batch", self.fill == "mean"
+        mean, has_many_draws = self.fill == "mean", self.per_sample or self.per_map
+        by_batch = not mean and self.rescale == "batch" and has_many_draws
         if can_fuse(x, self.labels, self.num_clusters, mean):
             uniform = self.draw(shape, device=x.device)
             fixed = (self.labels, self.sizes, uniform, self.drop_prob)

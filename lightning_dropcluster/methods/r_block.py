@@ -57,7 +57,7 @@ def disagreement(first: Tensor, second: Tensor) -> Tensor:
         better.
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: if the shapes differ, or there is one class.
 
     Example:
         >>> disagreement(torch.zeros(3, 4), torch.ones(3, 4))
@@ -65,6 +65,8 @@ def disagreement(first: Tensor, second: Tensor) -> Tensor:
     """
     if first.shape != second.shape:
         raise ValueError(f"second of shape {tuple(second.shape)}: must be as first, {tuple(first.shape)}")
+    if first.shape[1] == 1:
+        raise ValueError(f"first of shape {tuple(first.shape)}: must have two classes or more to compare")
     exact = torch.promote_types(first.dtype, torch.float32)
     log_p, log_q = first.log_softmax(1, dtype=exact), second.log_softmax(1, dtype=exact)
     # The sum of both directions is the sum over classes of (p - q) (log p - log q).

@@ -273,7 +273,8 @@ def test_forwards_to_the_function_with_a_draw_of_its_own(per_map, per_sample):
     out = drop(x)
     torch.manual_seed(5)
     keep = draw_keep_table((4 if per_sample else 1, 2 if per_map else 1, 7), 0.4)
-    assert torch.equal(out, cluster_drop(x, LABELS, keep))
+    scale = None if per_map or per_sample else 1 / 0.6
+    torch.testing.assert_close(out, cluster_drop(x, LABELS, keep, scale=scale), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("per_map", [True, False])
@@ -300,6 +301,24 @@ def test_without_per_sample_all_samples_drop_alike():
     dropped = ClusterDrop(LABELS, 0.5, per_sample=False)(torch.ones(4, 2, 6, 6)) == 0
     assert dropped.any()
     assert torch.equal(dropped, dropped[:1].expand_as(dropped))
+
+
+def test_one_draw_for_all_is_scaled_by_what_is_expected():
+    """The ratio of a single draw would depend on it, and the mean of outputs would not be the input."""
+    drop = ClusterDrop(LABELS, 0.75, per_map=False, per_sample=False)
+    assert {*torch.stack([drop(torch.ones(4, 2, 6, 6)) for _ in range(20)]).unique().tolist()} == {0.0, 4.0}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_highest_probability_of_each_type_scales_to_finite_values(dtype):
+    drop = ClusterDrop(LABELS, rescale="expected").to(dtype)
+    drop.set_drop_prob(1 - 1e-9)
+    assert drop(torch.ones(4, 2, 6, 6, dtype=dtype)).isfinite().all()
+
+
+def test_labels_of_whole_maps_are_not_taken_for_a_grid_of_one_token():
+    with pytest.raises(ValueError, match="do not fit activations"):
+        ClusterDrop(LABELS[:, :1, :1], channel_dim=-1)(torch.ones(4, 17, 2))
 
 
 def test_halves_of_a_paired_batch_drop_what_the_other_keeps():

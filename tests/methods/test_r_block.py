@@ -28,6 +28,11 @@ def test_disagreement_is_symmetric_and_zero_for_equal_predictions():
     assert disagreement(first, first + 3.0) == pytest.approx(0, abs=1e-12)
 
 
+def test_a_single_logit_has_no_classes_to_compare():
+    with pytest.raises(ValueError, match=r"first of shape \(8, 1\): must have two classes"):
+        disagreement(torch.zeros(8, 1), torch.ones(8, 1))
+
+
 def test_the_loss_is_half_of_r_drops():
     first, second = make_logits()
     targets, alpha = torch.tensor([0, 1, 2, 3, 0]), 0.6
