@@ -10,12 +10,14 @@ from typing import Any
 
 import faiss
 import torch
+import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import Tensor
 
 from benchmarks.cost.activations import CLUSTER_SIZE, Activations, sketch_of
 from lightning_dropcluster.clustering import FaissKMeans, TorchKMeans, Ward
 from lightning_dropcluster.clustering.protocol import Clusterer
+from lightning_dropcluster.clustering.tiles import tile
 from lightning_dropcluster.learning.reclustering import cluster_share
 from lightning_dropcluster.learning.scopes import Grouping
 from lightning_dropcluster.learning.sketch import Sketch
@@ -125,6 +127,22 @@ def by_faiss(profiles: Tensor, num_clusters: int, seed: int) -> Tensor:
         kmeans.train(points)
         labels.append(torch.from_numpy(kmeans.index.search(points, 1)[1][:, 0]))
     return torch.stack(labels)
+
+
+def by_flash(sketches: Mapping[str, Sketch]) -> dict[str, Tensor]:
+    """Let flash-kmeans iterate from the means of the tiles where our cold start begins."""
+    # Not from the package: where its kernels cannot be imported it takes torch's own operations instead.
+    from flash_kmeans.kmeans_triton_impl import (  # pyright: ignore[reportMissingImports]
+        batch_kmeans_Euclid,
+    )
+
+    found = {}
+    for name, sketch in sketches.items():
+        profiles, count = sketch.profiles(), Grouping(cluster_size=CLUSTER_SIZE).clusters_for(sketch.shape)
+        tiles = F.one_hot(tile(sketch.shape[1:], count).to(profiles.device)).float()
+        means = (tiles / tiles.sum(0)).T @ profiles
+        found[name] = batch_kmeans_Euclid(profiles, count, MAX_ITER, init_centroids=means)[0]
+    return found
 
 
 def by_ward(profiles: Tensor, acts: Activations) -> dict[str, Fit]:

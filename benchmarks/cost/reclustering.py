@@ -27,13 +27,14 @@ from benchmarks.cost.activations import (
     strict_relu,
     trained,
 )
-from benchmarks.cost.contenders import SKLEARN, OnSketches, by_ward, on_exact_profiles, recluster
+from benchmarks.cost.contenders import SKLEARN, OnSketches, by_flash, by_ward, on_exact_profiles, recluster
 from benchmarks.cost.peak import added_memory
 from benchmarks.cost.searches import search_records
 from benchmarks.cost.timing import Took, clock, usual_device
-from lightning_dropcluster.clustering import FaissKMeans, adjusted_rand_index
+from lightning_dropcluster.clustering import FaissKMeans, TorchKMeans, adjusted_rand_index
 from lightning_dropcluster.learning.sketch import Sketch
 
+FLASH = "flash-kmeans"
 MOST_WORK = 2**26  # maps x features of a map squared at most, so that no peer takes minutes
 SKETCHES = [(dim, torch.float32) for dim in (16, 32, 64, 128, 256)]
 MAPS_OF_A_LAYER = 8  # clustered as one layer: the work grows with their square
@@ -46,8 +47,8 @@ class Settings:
 
     Args:
         quick: the digits and two sizes, few samples and maps: a check that takes a minute.
-        part: layers of a "trained" network, "random" fields, the whole "model" ResNet-50, or the "searches"
-            that it takes on a GPU; all by default.
+        part: layers of a "trained" network, "random" fields, or the whole "model" ResNet-50, with the
+            searches that it takes on a GPU; all by default.
         model: a ResNet that timm knows, whose first layers are clustered.
         data: what it is trained on.
         data_dir: CIFAR-10 as a folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or a tar file of it.
@@ -61,7 +62,7 @@ class Settings:
     """
 
     quick: bool = False
-    part: Literal["all", "trained", "random", "model", "searches"] = "all"
+    part: Literal["all", "trained", "random", "model"] = "all"
     model: str = "small_resnet"
     data: DataName = "digits"
     data_dir: str | None = None
@@ -168,25 +169,42 @@ def sketch_records(acts: Activations, settings: Settings) -> Iterator[dict[str, 
 
 
 def model_records(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Recluster the whole model at once."""
+    """Recluster the whole model at once; flash-kmeans comes last, since it may not run everywhere."""
     before, now = windows_of_model(settings, device)
     _, sparse = windows_of_model(settings, device, strict_relu)
+    for record in search_records(before, now, device):
+        yield {"benchmark": "searches", **MODEL, "samples": settings.samples, **record}
     old = recluster(before, {}, FaissKMeans())
     cases = {
         "cold": lambda seed: recluster(now, {}, FaissKMeans(seed=seed)),
         "warm": lambda seed: recluster(now, old, FaissKMeans(seed=seed)),
         "cold, sparse maps": lambda seed: recluster(sparse, {}, FaissKMeans(seed=seed)),
+        "torch, cold": lambda seed: recluster(now, {}, TorchKMeans(seed=seed)),
     }
-    for name, run in run_alternating(cases, settings.repeats, device).items():
-        yield {
-            "benchmark": "whole model",
-            **MODEL,
-            "features": sum(labels.numel() for labels in old.values()),
-            "samples": settings.samples,
-            "sketch_dim": settings.sketch_dim,
-            "case": name,
-            **timing(run),
-        }
+    what = {
+        "benchmark": "whole model",
+        **MODEL,
+        "features": sum(labels.numel() for labels in old.values()),
+        "samples": settings.samples,
+        "sketch_dim": settings.sketch_dim,
+    }
+    runs = run_alternating(cases, settings.repeats, device)
+    tight = {
+        name: total_inertia(sparse if "sparse" in name else now, run.labels[0]) for name, run in runs.items()
+    }
+    for name, run in runs.items():
+        yield {**what, "case": name, **timing(run), "inertia": round(tight[name], 3)}
+    if device.type == "cuda":
+        flash = run_alternating({FLASH: lambda seed: by_flash(now)}, settings.repeats, device)[FLASH]
+        times = median(runs["cold"].seconds) / median(flash.seconds)
+        theirs = total_inertia(now, flash.labels[0])
+        ratios = {"times_flash": round(times, 3), "inertia_to_flash": round(tight["cold"] / theirs, 5)}
+        yield {**what, "case": FLASH, **timing(flash), "inertia": round(theirs, 3), **ratios}
+
+
+def total_inertia(sketches: Mapping[str, Sketch], labels: Mapping[str, Tensor]) -> float:
+    """Add up the inertia of all layers on their sketches."""
+    return sum(inertia(sketch.profiles(), labels[name]).sum().item() for name, sketch in sketches.items())
 
 
 def windows_of_model(
@@ -197,12 +215,6 @@ def windows_of_model(
     return resnet50_windows(
         device, samples=settings.samples, sketch_dim=settings.sketch_dim, through=through, **some
     )
-
-
-def searches_of_model(settings: Settings, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Count the searches that the whole model takes on a GPU."""
-    for record in search_records(*windows_of_model(settings, device), device):
-        yield {"benchmark": "searches", **MODEL, "samples": settings.samples, **record}
 
 
 def describe(acts: Activations, settings: Settings, scope: str = "map") -> dict[str, Any]:
@@ -271,7 +283,6 @@ def main(settings: Settings) -> None:
         "trained": partial(trained_records, settings, device),
         "random": partial(random_records, settings, device),
         "model": partial(model_records, settings, device),
-        "searches": partial(searches_of_model, settings, device),
     }
     origin = provenance(device)
     for name, measure in parts.items():

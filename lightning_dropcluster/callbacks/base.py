@@ -138,8 +138,7 @@ class LayerCallback(CallbackBase):
         is_clean = self._clean_steps.is_due(trainer, position.batches_left)
         self._drop_prob_now = self._begin_step(fraction, is_due, is_clean)
         self._clean_steps.begin_step(self._drop_prob_now, is_clean)
-        passes = self._clean_steps.begin_pass, self._clean_steps.end_pass
-        self._scope.open(trainer.strategy, self._layers.hooks, *passes)
+        self._scope.open(trainer.strategy, self._layers.hooks, self._clean_steps.statistics)
         if not (trainer.barebones or math.isnan(self._drop_prob_now)):
             # As a number Lightning would copy it to the device, and wait.
             value = torch.full((), self._drop_prob_now, dtype=torch.float32, device=pl_module.device)
@@ -181,14 +180,14 @@ class LayerCallback(CallbackBase):
     ) -> None:
         """Leave nothing attached: Lightning calls no teardown after an error."""
         self.detach()
-        self._let_go_of_module()
+        self._let_go_of(pl_module)
         self._forget_loaded()
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Leave nothing attached; another Trainer may validate in the midst of a fit."""
         if stage == "fit":
             self.detach()
-            self._let_go_of_module()
+            self._let_go_of(pl_module)
         self._forget_loaded()
         if stage != "fit":
             self._loaded = self._loaded_before  # by hand, for a fit to come
@@ -226,7 +225,7 @@ class LayerCallback(CallbackBase):
         if self._hooked:
             self._apply_loaded()
 
-    def _let_go_of_module(self) -> None:
+    def _let_go_of(self, pl_module: "LightningModule") -> None:
         """Drop the methods of the module that Lightning gives to callbacks, anew for each fit."""
         for name in ("log", "log_dict"):
             vars(self).pop(name, None)

@@ -20,13 +20,13 @@ class CleanSteps:
 
     def __init__(self, keeps_statistics: bool, auto: AutoDropProb | None) -> None:
         self.keeps_statistics, self.auto = keeps_statistics, auto
-        self._statistics = NormStatistics()
+        self.statistics = NormStatistics()
         self._follows_loss = self._drops = self._is_clean = False
         self._is_alone = True
 
     def reset(self) -> None:
         """Forget an earlier training."""
-        self._statistics.left_out = 0
+        self.statistics.left_out = 0
         if self.auto is not None:
             self.auto.reset()
 
@@ -36,7 +36,7 @@ class CleanSteps:
         self._follows_loss, self._is_alone = self.auto is not None, not others
         for other in others:
             other._is_alone = False
-            self._statistics = other._statistics  # one that keeps them makes steps clean for all
+            self.statistics = other.statistics  # one that keeps them makes steps clean for all
             if self.auto is not None or other.auto is not None:  # no loss counts in which another drops
                 self._follows_loss = other._follows_loss = True
         self.look_at(model)
@@ -44,34 +44,26 @@ class CleanSteps:
     def look_at(self, model: nn.Module) -> None:
         """Look for running averages anew; layers may have been exchanged."""
         if self.keeps_statistics:
-            self._statistics.attach(model)
+            self.statistics.attach(model)
 
     def detach(self) -> None:
         """Undo what an unfinished step has changed, and let go of the model."""
-        self._statistics.cancel_step()
-        self._statistics = NormStatistics(self._statistics.left_out)
+        self.statistics.cancel_step()
+        self.statistics = NormStatistics(self.statistics.left_out)
 
     def is_due(self, trainer: Trainer, batches_left: float) -> bool:
         """Whether the coming step is to be clean."""
         is_clean = is_clean_step(training.batch_of_all(trainer), batches_left)
-        return is_clean and (self._follows_loss or self._statistics.are_moving())
+        return is_clean and (self._follows_loss or self.statistics.are_moving())
 
     def begin_step(self, drop_prob: float, is_clean: bool) -> None:
         """Say whether a step drops; with a drop_prob of NaN it does, nobody knows how much."""
         self._drops, self._is_clean = drop_prob != 0.0 and not is_clean, is_clean
-        self._statistics.begin_step(self._drops)
-
-    def begin_pass(self) -> None:
-        """Note how averages are before a forward or backward pass."""
-        self._statistics.begin_pass()
-
-    def end_pass(self) -> None:
-        """See to averages after a forward or backward pass, before anybody else sees them."""
-        self._statistics.end_pass()
+        self.statistics.begin_step(self._drops)
 
     def end_step(self, trainer: Trainer, outputs: Any) -> None:
         """Count a step that dropped, and take in the loss of others."""
-        self._statistics.end_step()
+        self.statistics.end_step()
         if self.auto is not None and not self._drops and (self._is_clean or self._is_alone):
             loss = training.training_loss(trainer, outputs)
             if loss is not None:
@@ -79,7 +71,7 @@ class CleanSteps:
 
     def cancel_step(self) -> None:
         """Leave no trace of a step that never ended."""
-        self._statistics.cancel_step()
+        self.statistics.cancel_step()
 
     def follow(self, trainer: Trainer, pl_module: LightningModule, monitor: str) -> str | None:
         """Let the drop probability follow the validation loss; every rank must call this.
@@ -108,10 +100,10 @@ class CleanSteps:
     def state_dict(self) -> dict[str, Any]:
         """Return plain scalars, for `load_state_dict`."""
         auto = None if self.auto is None else self.auto.state_dict()
-        return {"left_out": self._statistics.left_out, "auto": auto}
+        return {"left_out": self.statistics.left_out, "auto": auto}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; one of an older version says nothing of clean steps."""
-        self._statistics.left_out = state.get("left_out", 0)
+        self.statistics.left_out = state.get("left_out", 0)
         if self.auto is not None and state.get("auto") is not None:
             self.auto.load_state_dict(state["auto"])

@@ -1,9 +1,10 @@
 """The training step and its backward pass; what hooks of callbacks run in between is no part of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_dropcluster.layers.hooks import LayerHook
+from lightning_dropcluster.layers.norm_statistics import NormStatistics
 
 # Whose method, which, and whether hooks act while it runs. With manual optimisation the last three run within
 # the training step, and call the hooks of callbacks.
@@ -25,20 +26,13 @@ class StepScope:
 
     def __init__(self) -> None:
         self._hooks: Mapping[str, LayerHook] = {}
-        self.begin_pass: Callable[[], None] = _do_nothing
-        self.end_pass: Callable[[], None] = _do_nothing
+        self.statistics = NormStatistics()
         self._wrapped: list[tuple[Any, str]] = []
 
-    def open(
-        self,
-        strategy: Any,
-        hooks: Mapping[str, LayerHook],
-        begin_pass: Callable[[], None],
-        end_pass: Callable[[], None],
-    ) -> None:
-        """Begin a batch; of each part of it in which hooks act the beginning and the end are told."""
+    def open(self, strategy: Any, hooks: Mapping[str, LayerHook], statistics: NormStatistics) -> None:
+        """Begin a batch; statistics are told where each part of it in which hooks act begins and ends."""
         self.close()
-        self._hooks, self.begin_pass, self.end_pass = hooks, begin_pass, end_pass
+        self._hooks, self.statistics = hooks, statistics
         suspend(hooks)
         for place, name, acts in _PARTS:
             owner = strategy if place == "strategy" else strategy.precision_plugin
@@ -57,7 +51,7 @@ class StepScope:
                 del vars(owner)[name]
                 if part.before is not None:
                     vars(owner)[name] = part.before
-        self._hooks, self.begin_pass, self.end_pass = {}, _do_nothing, _do_nothing
+        self._hooks, self.statistics = {}, NormStatistics()
 
     def set_suspended(self, suspended: bool) -> bool:
         """Switch the hooks, and return how they were."""
@@ -77,7 +71,7 @@ class _Part:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         listeners = list(self.listeners)
         for listener in listeners if self.acts else ():
-            listener.begin_pass()
+            listener.statistics.begin_pass()
         states = [listener.set_suspended(not self.acts) for listener in listeners]
         try:
             result = self.method(*args, **kwargs)
@@ -85,12 +79,8 @@ class _Part:
             for listener, state in zip(listeners, states, strict=True):
                 listener.set_suspended(state)
         for listener in listeners if self.acts else ():
-            listener.end_pass()
+            listener.statistics.end_pass()
         return result
-
-
-def _do_nothing() -> None:
-    pass
 
 
 def suspend(hooks: Mapping[str, LayerHook]) -> None:

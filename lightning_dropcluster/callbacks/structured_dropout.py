@@ -136,7 +136,7 @@ class StructuredDropout(LayerCallback):
 
     def _reset(self) -> None:
         super()._reset()
-        self._layers.forget({})
+        self._layers.forget()
 
     def _attach(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         self._layers.attach(self._hooked, pl_module.device)
@@ -146,21 +146,12 @@ class StructuredDropout(LayerCallback):
             self._schedule.ramp = constant
 
     def _begin_step(self, fraction: float, is_due: bool, is_clean: bool) -> float:
-        own = self.drop_prob is None
-        return self._layers.begin_step(fraction, None if own else self._full_drop_prob, is_clean=is_clean)
+        return self._layers.begin_step(fraction, self._full_drop_prob, is_clean=is_clean)
 
-    def on_exception(
-        self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
-    ) -> None:
-        """Leave nothing attached, and the model's parameters as they were."""
-        super().on_exception(trainer, pl_module, exception)
+    def _let_go_of(self, pl_module: "LightningModule") -> None:
+        """Leave the model's parameters as they were, too."""
+        super()._let_go_of(pl_module)
         unregister(pl_module)
-
-    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Leave nothing attached, and the model's parameters as they were."""
-        super().teardown(trainer, pl_module, stage)
-        if stage == "fit":
-            unregister(pl_module)
 
     def on_load_checkpoint(
         self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]

@@ -169,7 +169,7 @@ def preview(
     sketches = SketchSettings(scope, num_samples, sketch_dim)
     picked = _select(module, layers, layer_types, check_channel_dim(channel_dim))
     calls = trace_channels(module, picked, example_input)
-    first = {name: Call(name, layer, None, "") for name, layer in picked.items()}
+    first = {name: Call(name, layer, None, None, "") for name, layer in picked.items()}
     for call in calls:
         if call.name in first and first[call.name].shape is None:
             first[call.name] = call

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dropcluster.layers.selection import select_layers
-from lightning_dropcluster.layers.stages import stage_ends
+from lightning_dropcluster.layers.stages import Step, stage_ends
 from lightning_dropcluster.layers.wrappers import CONV_LAYERS, name_modules
 from lightning_dropcluster.learning.scopes import Shape
 
@@ -18,14 +18,11 @@ _NO_FORWARD = {"_forward_unimplemented", "LightningModule.forward"}
 
 
 @dataclass(frozen=True)
-class Call:
+class Call(Step):
     """One call of a module in a forward pass."""
 
-    name: str
-    module: nn.Module
     shape: Shape | None
     output_type: str
-    stage_channels: int | None = None
     is_first: bool = False
     channel_dim: int | None = None  # 1 or -1, where it is known
 
@@ -35,11 +32,6 @@ class Call:
         if not self.shape:
             return ()
         return self.shape[:-1] if self.channel_dim == -1 else self.shape[1:]
-
-    @property
-    def ends_stage(self) -> bool:
-        """Whether it is one of `stage_ends`."""
-        return self.stage_channels is not None
 
     @property
     def gives_stage_maps(self) -> bool:
@@ -81,7 +73,7 @@ def trace(
         first = first or given
         is_first = bool(given) and given[0] is first[0]
         shape = tuple(output.shape[1:]) if isinstance(output, Tensor) and output.ndim > 1 else None
-        calls.append(Call(name, watched[name], shape, type(output).__name__, ends.get(name), is_first))
+        calls.append(Call(name, watched[name], ends.get(name), shape, type(output).__name__, is_first))
 
     with ExitStack() as stack:
         for name, layer in watched.items():

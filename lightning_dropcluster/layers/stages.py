@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -15,36 +15,22 @@ _MOST_STAGES = 6  # before the last; models that name more name their blocks
 _BESIDE = {"downsample", "shortcut", "pos_embed", "pos_embd", "head"}
 
 
-class Visited(Protocol):
-    """A module in the order in which a model runs its own."""
+@dataclass(frozen=True)
+class Step:
+    """A module in the order in which a model runs, or defines, its own; channels where it ends a stage."""
 
-    @property
-    def name(self) -> str:
-        """As `name_modules` gives it."""
-        ...
-
-    @property
-    def module(self) -> nn.Module:
-        """The module itself."""
-        ...
+    name: str
+    module: nn.Module
+    stage_channels: int | None
 
     @property
     def ends_stage(self) -> bool:
         """Whether a stage may end with it, see `stage_ends`."""
-        ...
+        return self.stage_channels is not None
 
 
-_Visited = TypeVar("_Visited", bound=Visited)
+_Step = TypeVar("_Step", bound=Step)
 _Named = TypeVar("_Named")
-
-
-@dataclass(frozen=True)
-class _Defined:
-    """A module in the order in which a model defines its own."""
-
-    name: str
-    module: nn.Module
-    ends_stage: bool
 
 
 def default_layers(root: nn.Module) -> list[str]:
@@ -83,17 +69,15 @@ def stage_ends(root: nn.Module) -> dict[str, int]:
     return ends
 
 
-def split_stages(
-    visited: Sequence[_Visited], convs: Sequence[_Visited]
-) -> list[tuple[_Visited, list[_Visited]]]:
+def split_stages(visited: Sequence[_Step], convs: Sequence[_Step]) -> list[tuple[_Step, list[_Step]]]:
     """Pair each module that ends a stage with the convs on the stage's own path; the stem is no stage."""
     ends = [step for step in visited if step.ends_stage]
     if not (ends and convs):
         return []
     stem = _around(convs[0].name) - _around(ends[-1].name)
     aside = _BESIDE | stem | {end.name for end in ends if _is_one_conv(end.module)}
-    stages: list[tuple[_Visited, list[_Visited]]] = []
-    own: list[_Visited] = []
+    stages: list[tuple[_Step, list[_Step]]] = []
+    own: list[_Step] = []
     for step in visited:
         on_path = not aside & (_around(step.name) | set(step.name.split(".")))
         if on_path and step in convs:
@@ -144,7 +128,7 @@ def _stages_before_last(root: nn.Module, model: str) -> list[str]:
     """Find the stages from the order in which the model defines its modules."""
     ends = stage_ends(root)
     steps = [
-        _Defined(name, module, name in ends)
+        Step(name, module, ends.get(name))
         for name, module in _inside_out(root)
         if (not model or f"{name}.".startswith(f"{model}."))
         and (name in ends or isinstance(module, CONV_LAYERS))
@@ -189,7 +173,7 @@ def _trunk(convs: Sequence[str]) -> int:
     return [*same, False].index(False)
 
 
-def _dims(conv: _Defined) -> int:
+def _dims(conv: Step) -> int:
     return len(getattr(conv.module, "kernel_size", ()))
 
 

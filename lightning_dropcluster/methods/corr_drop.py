@@ -76,18 +76,12 @@ def channel_corr_drop(x: Tensor, drop_prob: Tensor | float, *, draw: Draw = draw
 
 
 def uncorrelated_drop_prob(vectors: Tensor, drop_prob: Tensor | float) -> Tensor:
-    """Return drop probabilities that are larger for vectors which correlate little with the others.
+    """Return drop probabilities (N, T) that are larger for vectors (N, T, D) unlike the others of a sample.
 
     With r_i the mean over all vectors j of |cos(v_i, v_j)|, counted as 0 for i itself, and s = softmax(r), it
     is drop_prob (1 - s_i) / mean(1 - s). The authors leave r without a factor, so that among many vectors the
-    probabilities differ little: by a share of about 1 / T for T vectors.
-
-    Args:
-        vectors: (N, T, D).
-        drop_prob: in [0, 1), a number or a 0-d tensor; the mean of what is returned.
-
-    Returns:
-        Probabilities (N, T), float32; above 1, for certain, where drop_prob is close to 1.
+    probabilities differ little: by a share of about 1 / T for T vectors. They are above 1, for certain, where
+    drop_prob is close to 1.
 
     Example:
         >>> vectors = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])

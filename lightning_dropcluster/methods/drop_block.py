@@ -54,17 +54,7 @@ def drop_block(
 
 
 def block_and_places(x: Tensor, block_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the sides of a block on an activation's maps, and how many places it has along each dimension.
-
-    Args:
-        x: activation (N, C, *spatial).
-        block_size: side of a block, cut to that of the map.
-
-    Returns:
-        Two tuples with a number for each spatial dimension.
-
-    Raises:
-        ValueError: if ``x`` has no spatial dimensions.
+    """Return the sides of a block, cut to those of the maps of x (N, C, *spatial), and its places along each.
 
     Example:
         >>> block_and_places(torch.ones(2, 3, 5, 9), block_size=7)
@@ -80,15 +70,8 @@ def seed_prob(spatial: Sequence[int], drop_prob: Tensor | float, block_size: int
     """Return the probability of a seed, DropBlock's gamma.
 
     It is drop_prob times F / (b (F - b + 1)) for each dimension, where F is the size of the map and b the
-    side of a block. Where blocks did not overlap, each feature would be dropped with drop_prob on average.
-
-    Args:
-        spatial: size of the map.
-        drop_prob: in [0, 1), a number or a tensor of any shape.
-        block_size: side of a block, cut to that of the map.
-
-    Returns:
-        The probability, at most ``drop_prob``, a number or a tensor as that is.
+    side of a block, cut to that of the map. Where blocks did not overlap, each feature would be dropped with
+    drop_prob on average. A number or a tensor, as drop_prob is.
 
     Example:
         >>> seed_prob((7, 7), 0.1, block_size=7)
@@ -126,17 +109,10 @@ def expected_drop_rate(spatial: Sequence[int], drop_prob: float, block_size: int
 
 
 def grow_blocks(seeds: Tensor, block: Sequence[int]) -> Tensor:
-    """Mark the blocks whose first corner is a seed.
+    """Mark the blocks whose first corner is a seed: from bool (..., *places) to bool (..., *spatial).
 
     A block is the union of shifted seeds; shifts that double need log2(size) steps where pooling looks at
     each feature of the block.
-
-    Args:
-        seeds: bool (..., *places), where blocks begin; the last dimensions are as many as ``block`` has.
-        block: sides of the block.
-
-    Returns:
-        Bool (..., *spatial), True inside blocks; each dimension is longer by the side less one.
 
     Example:
         >>> grow_blocks(torch.tensor([False, True, False]), (2,))

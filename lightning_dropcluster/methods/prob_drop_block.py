@@ -57,13 +57,7 @@ def prob_drop_block(
 def relative_salience(x: Tensor, block: Sequence[int], places: Sequence[int]) -> Tensor:
     """Return the magnitude of the features in the middle of blocks, in units of its mean over all of them.
 
-    Args:
-        x: activation (N, C, *spatial).
-        block: sides of a block.
-        places: number of places for a block along each spatial dimension.
-
-    Returns:
-        Ratios (N, C, *places), float32; 1 on maps of zeros.
+    Of x (N, C, *spatial) these are ratios (N, C, *places), float32; 1 on maps of zeros.
 
     Example:
         >>> relative_salience(torch.tensor([[[9.0, 1.0, -3.0, 9.0]]]), (3,), (2,))

@@ -75,10 +75,9 @@ class RegularizedLayers(HookedLayers):
         self.pause()
         self._injection.attach()
 
-    def forget(self, modules: Mapping[str, nn.Module]) -> None:
-        """Forget the regularisers of an earlier training, but for those that are part of the model."""
-        kept = [name for name, layer in modules.items() if self._is_registered(name, layer)]
-        self.regularizers = {name: self.regularizers[name] for name in kept}
+    def forget(self) -> None:
+        """Forget the regularisers of an earlier training."""
+        self.regularizers = {}
 
     def begin_step(self, fraction: float, drop_prob: float | None = None, *, is_clean: bool = False) -> float:
         """Set what the hooks do in the coming step."""

@@ -18,15 +18,10 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def number_clusters(labels: Tensor, table: Sequence[int], last: bool) -> Tensor:
-    """Number the clusters of all groups through, and put them into the order of memory.
+    """Number the clusters of all G groups through, and put them into the order of memory.
 
-    Args:
-        labels: (C or 1, *spatial), integers in [0, K).
-        table: (G, K), where G is C if each map has clusters of its own, else 1.
-        last: whether the channels are last in memory.
-
-    Returns:
-        Integers in [0, G K), int32, (C or 1, *spatial), or (*spatial, C) where the channels are last.
+    From labels (C or 1, *spatial) and the size (G, K) of the keep table to int32 of the same shape, or of
+    (*spatial, C or 1) where the channels are last.
     """
     (groups, clusters), numbers = table, labels.int()
     if groups > 1:
