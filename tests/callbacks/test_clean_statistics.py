@@ -289,12 +289,17 @@ def test_layers_that_are_made_late_are_kept_clean_too(loader):
     assert counts[0] == counts[1] < 20
 
 
-def test_frozen_averages_need_no_clean_steps(loader):
+@pytest.mark.parametrize(
+    "freeze",
+    [nn.Module.eval, lambda norm: pl.callbacks.BaseFinetuning.freeze(norm, train_bn=False)],
+    ids=["eval", "BaseFinetuning"],
+)
+def test_frozen_averages_need_no_clean_steps(loader, freeze):
     class Frozen(Still):
         def on_train_batch_start(self, *_):
             for module in self.modules():
                 if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
+                    freeze(module)
 
     module, dropped = Frozen(), []
     module.model.conv1.register_forward_hook(
